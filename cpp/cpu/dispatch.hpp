@@ -1,0 +1,34 @@
+// The CPU back end as cpp/core sees it: run a validated problem at the chosen instruction set level.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../scan/problem.hpp"
+
+namespace fwp::cpu {
+
+// Bytes of 64-byte aligned workspace that forward (backward) takes for this problem.
+size_t forward_workspace(const Problem& problem);
+size_t backward_workspace(const Problem& problem);
+// Elements, in the accumulation type, of Problem::checkpoints.
+int64_t checkpoint_elements(const Problem& problem);
+
+// Return false if the call was interrupted. noexcept in effect: they allocate nothing and throw nothing.
+bool forward(const Problem& problem, void* workspace);
+bool backward(const Problem& problem, void* workspace);
+
+// Instruction set levels built and present, best last, ending with nullptr.
+const char* const* available_isas();
+const char* isa();  // nullptr: FWP_ISA names a level that is unknown or absent
+int level();        // index of isa(), for Problem::level
+bool use_isa(const char* name);  // false: unknown or absent
+uint64_t isa_calls(const char* name);
+int block_size();
+// Fused multiply-adds of one thread at the current level, best rate seen within about `seconds`, in flop/s.
+double fma_peak(DType dtype, double seconds);
+
+void set_num_threads(int threads);
+int get_num_threads();
+
+}  // namespace fwp::cpu

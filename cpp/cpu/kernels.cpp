@@ -1,0 +1,152 @@
+// The kernels of one instruction set level. CMake compiles this file once per level with FWP_ISA set to its name and the
+// level's flags; the one symbol it exports is the table. Nothing here may be inline code shared with other objects (no
+// standard containers): the linker would be free to keep the copy that only newer machines can run.
+#define FWP_JOIN_(a, b) a##b
+#define FWP_JOIN(a, b) FWP_JOIN_(a, b)
+#define FWP_STRING_(a) #a
+#define FWP_STRING(a) FWP_STRING_(a)
+
+#define FWP_IS_base 1
+#define FWP_IS_v3 2
+#define FWP_IS_v4 3
+#define FWP_IS_neon 4
+#define FWP_LEVEL FWP_JOIN(FWP_IS_, FWP_ISA)
+#if FWP_LEVEL == FWP_IS_v3
+#include "pack_v3.hpp"
+#elif FWP_LEVEL == FWP_IS_v4
+#include "pack_v4.hpp"
+#elif FWP_LEVEL == FWP_IS_neon
+#include "pack_neon.hpp"
+#else
+#include "pack_base.hpp"
+#endif
+
+#include "tiles.hpp"
+//
+#include "../scan/backward.hpp"
+#include "kernels.hpp"
+
+namespace fwp {
+namespace {
+
+// Tokens per pass over the state: keys and queries of six tokens by two packs fill 24 of 32 registers (12 of 16 where
+// they go one after the other).
+constexpr int kBlock = 6;
+constexpr int kChunkBlocks = 4;
+
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
+// Calls f with the tile, rule and decay that a problem asks for.
+template <class Tile, class Rule, class F>
+auto with_decay(const Problem& p, F f) {
+  if (p.decay == Decay::none) return f(Tile(), Rule(), NoDecay());
+  if (p.decay == Decay::scalar) return f(Tile(), Rule(), ScalarDecay());
+  return f(Tile(), Rule(), ChannelDecay());
+}
+template <class Tile, class F>
+auto with_rule(const Problem& p, F f) {
+  return p.rule == Rule::linear ? with_decay<Tile, Linear>(p, f) : with_decay<Tile, Delta>(p, f);
+}
+template <class F>
+auto with_types(const Problem& p, F f) {
+  return p.dtype == DType::f32 ? with_rule<Tiles<float>>(p, f) : with_rule<Tiles<double>>(p, f);
+}
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+int64_t at_least(int64_t n, int64_t least) { return n < least ? least : n; }
+
+template <class Tile>
+Geometry cut(const Problem& p) {
+  Geometry g;
+  g.block = p.step ? 1 : kBlock;
+  g.ld = round_up(p.K, Tile::kWidth);
+  g.columns = Tile::kColumns;
+  g.tiles = (p.V + g.columns - 1) / g.columns;
+  g.chunk = p.step ? 1 : kChunkBlocks * kBlock;
+  // A checkpoint is K V numbers: one every 2K tokens costs V / 2 per token, whatever K and V.
+  g.segment = round_up(at_least(2 * g.ld, 4 * g.chunk), g.chunk);
+  // Enough work between two barriers, but partial gradients that fit into the caches.
+  constexpr int64_t kParts = 32, kTokens = 4096;
+  const int64_t parts = at_least(p.H * g.tiles, 1);
+  g.together = at_least(kParts / parts, 1);
+  if (g.together > p.N) g.together = at_least(p.N, 1);
+  g.window = round_up(at_least(kTokens / (g.together * parts), 1), g.segment);
+  return g;
+}
+
+Geometry geometry(const Problem& p) { return p.dtype == DType::f32 ? cut<Tiles<float>>(p) : cut<Tiles<double>>(p); }
+
+size_t forward_scratch(const Problem& p, const Geometry& g, int64_t tiles) {
+  return with_types(p, [&](auto tile, auto, auto decay) {
+    Arena arena(nullptr);
+    if (p.step)
+      (void)ForwardScratch<decltype(tile), decltype(decay), 1>(arena, g, tiles);
+    else
+      (void)ForwardScratch<decltype(tile), decltype(decay), kBlock>(arena, g, tiles);
+    return arena.used();
+  });
+}
+
+size_t backward_scratch(const Problem& p, const Geometry& g) {
+  return with_types(p, [&](auto tile, auto, auto decay) {
+    Arena arena(nullptr);
+    (void)BackwardScratch<decltype(tile), decltype(decay), kBlock>(arena, g);
+    return arena.used();
+  });
+}
+
+void forward(const Problem& p, const Geometry& g, const ForwardPart& part, void* scratch, const Stop& stop) {
+  with_types(p, [&](auto tile, auto rule, auto decay) {
+    if (p.step)
+      scan_forward<decltype(tile), decltype(rule), decltype(decay), 1>(p, g, part, scratch, stop);
+    else
+      scan_forward<decltype(tile), decltype(rule), decltype(decay), kBlock>(p, g, part, scratch, stop);
+  });
+}
+
+void backward(const Problem& p, const Geometry& g, const BackwardPart& part, void* scratch, const Stop& stop) {
+  with_types(p, [&](auto tile, auto rule, auto decay) {
+    scan_backward<decltype(tile), decltype(rule), decltype(decay), kBlock>(p, g, part, scratch, stop);
+  });
+}
+
+void reduce_gradient(const Problem& p, const ReducePart& part) {
+  if (p.dtype == DType::f32)
+    reduce<float>(p, part);
+  else
+    reduce<double>(p, part);
+}
+
+template <class T>
+double multiply_add(int64_t rounds) {
+  using P = Pack<T>;
+  constexpr int kChains = kVectorRegisters >= 32 ? 16 : 12;
+  P x[kChains];
+  FWP_UNROLL for (int j = 0; j < kChains; ++j) x[j] = broadcast(static_cast<T>(j));  // all different: none can be saved
+  const P factor = broadcast(T(0.999)), addend = broadcast(T(0.001));
+  for (int64_t i = 0; i < rounds; ++i) {
+    FWP_UNROLL for (int j = 0; j < kChains; ++j) x[j] = x[j] * factor + addend;
+    __asm__ volatile("" : : "r"(i) : "memory");
+  }
+  P sum = x[0];
+  FWP_UNROLL for (int j = 1; j < kChains; ++j) sum += x[j];
+  T out[kLanes<T>];
+  store_unaligned(out, sum);
+  volatile T keep = out[0];
+  (void)keep;
+  return 2.0 * static_cast<double>(rounds) * kChains * kLanes<T>;
+}
+
+double fma(bool f64, int64_t rounds) { return f64 ? multiply_add<double>(rounds) : multiply_add<float>(rounds); }
+
+}  // namespace
+
+extern const Kernels FWP_JOIN(kernels_, FWP_ISA);
+const Kernels FWP_JOIN(kernels_, FWP_ISA) = {
+    FWP_STRING(FWP_ISA), geometry, forward_scratch, backward_scratch, forward, backward, reduce_gradient, fma,
+};
+
+}  // namespace fwp

@@ -1,0 +1,28 @@
+// What one instruction set level offers: a table of plain functions, filled by kernels.cpp once per level.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fwp {
+
+struct Problem;
+struct Geometry;
+struct ForwardPart;
+struct BackwardPart;
+struct ReducePart;
+struct Stop;
+
+struct Kernels {
+  const char* name;
+  Geometry (*geometry)(const Problem&);
+  size_t (*forward_scratch)(const Problem&, const Geometry&, int64_t tiles);
+  size_t (*backward_scratch)(const Problem&, const Geometry&);
+  void (*forward)(const Problem&, const Geometry&, const ForwardPart&, void* scratch, const Stop&);
+  void (*backward)(const Problem&, const Geometry&, const BackwardPart&, void* scratch, const Stop&);
+  void (*reduce)(const Problem&, const ReducePart&);
+  // Runs independent fused multiply-adds in registers; returns how many flops that were.
+  double (*fma)(bool f64, int64_t rounds);
+};
+
+}  // namespace fwp

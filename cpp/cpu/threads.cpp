@@ -1,0 +1,207 @@
+#include "threads.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <csignal>
+#include <unistd.h>
+#endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace fwp::cpu {
+namespace {
+
+constexpr int kMaxWorkers = 256;
+
+// A job's indices are given out from one counter. The next job is posted only when every worker that the last one wanted
+// has finished, so a worker that is late can only find a job that does not want it.
+class Pool {
+ public:
+  // Serves one caller at a time.
+  bool try_begin() { return !busy_.exchange(true, std::memory_order_acquire); }
+  void end() { busy_.store(false, std::memory_order_release); }
+
+  void run(int threads, int64_t count, const Loop& loop) {
+    start_workers(threads - 1);
+    const Job job{loop, count, std::min(threads - 1, workers_)};
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = job;
+      next_.store(0, std::memory_order_relaxed);
+      running_.store(job.wanted, std::memory_order_relaxed);
+      posted_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    work(job, 0);
+    wait(loop);
+  }
+
+ private:
+  struct Job {
+    Loop loop;
+    int64_t count;
+    int wanted;  // workers 1..wanted take part
+  };
+
+  void start_workers(int wanted) {
+    while (workers_ < std::min(wanted, kMaxWorkers)) {
+#if defined(__unix__) || defined(__APPLE__)
+      sigset_t all, before;  // signals are the calling threads' business
+      sigfillset(&all);
+      pthread_sigmask(SIG_SETMASK, &all, &before);
+#endif
+      bool started = true;
+      try {
+        std::thread(&Pool::serve, this, workers_ + 1, posted_.load(std::memory_order_relaxed)).detach();
+      } catch (...) {  // out of threads or memory: do with those there are
+        started = false;
+      }
+#if defined(__unix__) || defined(__APPLE__)
+      pthread_sigmask(SIG_SETMASK, &before, nullptr);
+#endif
+      if (!started) return;
+      ++workers_;
+    }
+  }
+
+  void serve(int worker, uint64_t seen) {
+    for (;;) {
+      const Job job = next_job(seen);
+      if (worker > job.wanted) continue;
+      work(job, worker);
+      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        done_.notify_one();
+      }
+    }
+  }
+
+  void work(const Job& job, int worker) {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < job.count;)
+      job.loop.body(job.loop.context, i, worker);
+  }
+
+  // Jobs often follow each other closely: look a few microseconds before going to sleep.
+  Job next_job(uint64_t& seen) {
+    for (int i = 0; i < kSpins && posted_.load(std::memory_order_acquire) == seen; ++i) {
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    wake_.wait(lock, [&] { return posted_.load(std::memory_order_relaxed) != seen; });
+    seen = posted_.load(std::memory_order_relaxed);
+    return job_;
+  }
+
+  void wait(const Loop& loop) {
+    const auto finished = [&] { return running_.load(std::memory_order_acquire) == 0; };
+    for (int i = 0; i < kSpins; ++i)
+      if (finished()) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (!done_.wait_for(lock, std::chrono::milliseconds(5), finished)) {
+      lock.unlock();
+      loop.idle(loop.context);
+      lock.lock();
+    }
+  }
+
+  static constexpr int kSpins = 4000;
+
+  std::atomic<bool> busy_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::atomic<uint64_t> posted_{0};  // jobs so far
+  Job job_{};
+  std::atomic<int64_t> next_{0};
+  std::atomic<int> running_{0};
+  int workers_ = 0;
+};
+
+// A forked child has none of its parent's workers and makes a pool of its own. Pools are never destroyed: workers may
+// still sit in them when the process ends.
+struct PoolOfProcess {
+  long process;
+  Pool pool;
+};
+std::atomic<PoolOfProcess*> current_pool{nullptr};
+
+long process_id() {
+#if defined(__unix__) || defined(__APPLE__)
+  return static_cast<long>(getpid());
+#else
+  return 0;
+#endif
+}
+
+Pool* pool() {
+  PoolOfProcess* found = current_pool.load(std::memory_order_acquire);
+  if (found && found->process == process_id()) return &found->pool;
+  PoolOfProcess* made = new (std::nothrow) PoolOfProcess{process_id(), {}};
+  if (!made) return nullptr;
+  if (current_pool.compare_exchange_strong(found, made, std::memory_order_acq_rel)) return &made->pool;
+  delete made;  // another thread was faster
+  return &found->pool;
+}
+
+int positive_number(const char* variable) {
+  const char* text = std::getenv(variable);
+  const int n = text ? std::atoi(text) : 0;
+  return n > 0 ? std::min(n, kMaxWorkers) : 0;
+}
+
+// CPUs that the cgroup's quota (version 2, then 1) amounts to; 0: no limit found.
+int cgroup_cpus() {
+  double quota = -1, period = 0;
+  if (FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+    if (std::fscanf(f, "%lf %lf", &quota, &period) != 2) quota = -1;
+    std::fclose(f);
+  } else {
+    if (FILE* q = std::fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r")) {
+      if (std::fscanf(q, "%lf", &quota) != 1) quota = -1;
+      std::fclose(q);
+    }
+    if (FILE* p = std::fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r")) {
+      if (std::fscanf(p, "%lf", &period) != 1) period = 0;
+      std::fclose(p);
+    }
+  }
+  return quota > 0 && period > 0 ? std::max(1, static_cast<int>(quota / period)) : 0;
+}
+
+int affinity_cpus() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+}  // namespace
+
+void parallel_for(int threads, int64_t count, const Loop& loop) {
+  threads = static_cast<int>(std::min<int64_t>(threads, count));
+  Pool* p = threads > 1 ? pool() : nullptr;
+  if (p && p->try_begin()) {
+    p->run(threads, count, loop);
+    p->end();
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) loop.body(loop.context, i, 0);
+}
+
+int default_num_threads() {
+  if (const int n = positive_number("FWP_NUM_THREADS")) return n;
+  if (const int n = positive_number("OMP_NUM_THREADS")) return n;
+  const int quota = cgroup_cpus(), cpus = std::min(affinity_cpus(), kMaxWorkers);
+  return quota ? std::min(quota, cpus) : cpus;
+}
+
+}  // namespace fwp::cpu

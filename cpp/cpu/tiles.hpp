@@ -1,0 +1,125 @@
+// The machine as cpp/scan sees it: packs, and the passes over a tile of a state that do all state-sized work. A tile S is
+// [K][kColumns], two packs wide, contiguous and aligned; rows of keys and queries are [.][ld], ld a multiple of the pack.
+//
+// Sums run over K in ascending order whatever the number of rows, so that a row's result does not depend on the rows
+// beside it.
+#pragma once
+
+#include "pack.hpp"
+
+namespace fwp {
+namespace {
+
+template <class T>
+struct Tiles {
+  using Scalar = T;
+  using P = Pack<T>;
+  static constexpr int kPacks = 2;
+  static constexpr int kWidth = kLanes<T>;
+  static constexpr int kColumns = kPacks * kWidth;
+  // Rows whose accumulators fit into the registers beside two packs of the state and one broadcast.
+  static constexpr int kRows = kVectorRegisters >= 32 ? 12 : 6;
+
+  FWP_HD static P load(const T* p) { return fwp::load(p); }
+  FWP_HD static void store(T* p, P x) { fwp::store(p, x); }
+  FWP_HD static P load_unaligned(const T* p) { return fwp::load_unaligned(p); }
+  FWP_HD static void store_unaligned(T* p, P x) { fwp::store_unaligned(p, x); }
+  FWP_HD static P broadcast(T x) { return fwp::broadcast(x); }
+  FWP_HD static P exp(P x) { return fwp::exp<T>(x); }
+
+  // out[i] = sum over the lanes of x[i], i < n; x is overwritten and has room for whole packs of packs.
+  template <int n>
+  FWP_HD static void sums(P* x, T* out) {
+    FWP_UNROLL for (int i = 0; i < n; i += kWidth) {
+      const P s = sum_each<T>(x + i);
+      FWP_UNROLL for (int l = 0; l < kWidth; ++l) if (i + l < n) out[i + l] = s[l];
+    }
+  }
+
+  // out[R][kColumns] = rows[R][K] S
+  template <int R>
+  static void read(const T* rows, ptrdiff_t ld, int64_t K, const T* S, T* out) {
+    if constexpr (R > kRows) {
+      read<kRows>(rows, ld, K, S, out);
+      read<R - kRows>(rows + kRows * ld, ld, K, S, out + kRows * kColumns);
+    } else {
+      P sum[R][kPacks] = {};
+      for (int64_t d = 0; d < K; ++d) {
+        const P s0 = load(S + d * kColumns), s1 = load(S + d * kColumns + kWidth);
+        FWP_UNROLL for (int r = 0; r < R; ++r) {
+          const P x = broadcast(rows[r * ld + d]);
+          sum[r][0] += x * s0;
+          sum[r][1] += x * s1;
+        }
+      }
+      FWP_UNROLL for (int r = 0; r < R; ++r) {
+        store(out + r * kColumns, sum[r][0]);
+        store(out + r * kColumns + kWidth, sum[r][1]);
+      }
+    }
+  }
+
+  // out = diag(A) S + rows[R][K]^T U[R][kColumns]; out may be S. A is not read where nothing decays.
+  template <int R, bool decays>
+  static void write(const T* rows, ptrdiff_t ld, int64_t K, const T* A, const T* U, const T* S, T* out) {
+    if constexpr (R > kRows) {
+      write<kRows, decays>(rows, ld, K, A, U, S, out);
+      return write<R - kRows, false>(rows + kRows * ld, ld, K, A, U + kRows * kColumns, out, out);
+    }
+    P u[R][kPacks];
+    FWP_UNROLL for (int r = 0; r < R; ++r) {
+      u[r][0] = load(U + r * kColumns);
+      u[r][1] = load(U + r * kColumns + kWidth);
+    }
+    for (int64_t d = 0; d < K; ++d) {
+      P s0 = load(S + d * kColumns), s1 = load(S + d * kColumns + kWidth);
+      if constexpr (decays) {
+        const P a = broadcast(A[d]);
+        s0 *= a;
+        s1 *= a;
+      }
+      FWP_UNROLL for (int r = 0; r < R; ++r) {
+        const P x = broadcast(rows[r * ld + d]);
+        s0 += x * u[r][0];
+        s1 += x * u[r][1];
+      }
+      store(out + d * kColumns, s0);
+      store(out + d * kColumns + kWidth, s1);
+    }
+  }
+
+  // The first n rows only, 0 < n <= C, with the same sums in the same order.
+  template <int C, bool decays>
+  static void write_some(int n, const T* rows, ptrdiff_t ld, int64_t K, const T* A, const T* U, const T* S, T* out) {
+    if (n == C) return write<C, decays>(rows, ld, K, A, U, S, out);
+    write<1, decays>(rows, ld, K, A, U, S, out);
+    for (int r = 1; r < n; ++r) write<1, false>(rows + r * ld, ld, K, A, U + r * kColumns, out, out);
+  }
+
+  // out[d] = sum over columns of S[d] * x, for one x [kColumns] and d < ld; S has ld rows.
+  static void read_columns(const T* S, int64_t ld, const T* x, T* out) {
+    const P x0 = load(x), x1 = load(x + kWidth);
+    for (int64_t d = 0; d < ld; d += kWidth) {
+      P sum[kWidth];
+      const T* s = S + d * kColumns;
+      FWP_UNROLL for (int r = 0; r < kWidth; ++r)
+        sum[r] = load(s + r * kColumns) * x0 + load(s + r * kColumns + kWidth) * x1;
+      store(out + d, sum_each<T>(sum));
+    }
+  }
+
+  // out[d] = sum over columns of S[d] * D[d].
+  static void dot_rows(const T* S, const T* D, int64_t ld, T* out) {
+    for (int64_t d = 0; d < ld; d += kWidth) {
+      P sum[kWidth];
+      FWP_UNROLL for (int r = 0; r < kWidth; ++r) {
+        const T *s = S + (d + r) * kColumns, *t = D + (d + r) * kColumns;
+        sum[r] = load(s) * load(t) + load(s + kWidth) * load(t + kWidth);
+      }
+      store(out + d, sum_each<T>(sum));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fwp

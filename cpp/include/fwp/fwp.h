@@ -1,0 +1,234 @@
+/* fwp.h: the C interface of fwp_core, fast weight programmers with hand-written gradients.
+ *
+ * One recurrence per head, state S [K,V] (the paper's W transposed; Schlag, Irie, Schmidhuber 2021):
+ *
+ *     S'  = diag(a_t) S_{t-1}          a_t = 1, or exp(g_t) with g_t one number or K numbers     decay
+ *     u_t = beta_t v_t                                                                           linear
+ *     u_t = beta_t (v_t - S'^T k_t)                                                              delta
+ *     S_t = S' + k_t u_t^T                                                                       write
+ *     o_t = scale * S_t^T q_t                                                                    read
+ *
+ * Conventions of every function below
+ *   - Returns FWP_OK (0) or an error code; fwp_last_error() then holds the message for this thread.
+ *   - Nothing is computed and no output is touched before every check has passed. After FWP_INTERRUPTED
+ *     the contents of the outputs are unspecified.
+ *   - Tensors are DLPack tensors on the CPU. Strides count elements; any strides on the leading axes are
+ *     read in place, the last axis must be contiguous (stride 1, or size at most 1). strides == NULL means
+ *     compact row-major. An absent tensor is a NULL pointer.
+ *   - q, k, v share one dtype, float32 or float64; beta and g have that dtype or float32. Accumulation and
+ *     states are float32 (float64 for float64). o has v's dtype, each gradient has its input's dtype.
+ *   - Inputs may alias each other. Outputs may not overlap an input or another output.
+ *   - Results are bitwise equal for any number of threads, any memory layout and any batch around a sequence,
+ *     for one instruction set level and build.
+ *   - workspace: NULL (the library allocates), or memory aligned to 64 bytes of at least the size that the
+ *     *_workspace query of the same call returned. stream: NULL for CPU tensors.
+ *   - Structs start with struct_size; set it with the FWP_..._INIT macros, so that fields can be added later.
+ */
+#ifndef FWP_H
+#define FWP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#if defined(FWP_BUILD)
+#define FWP_API __declspec(dllexport)
+#else
+#define FWP_API __declspec(dllimport)
+#endif
+#else
+#define FWP_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+#define FWP_NOEXCEPT noexcept
+extern "C" {
+#else
+#define FWP_NOEXCEPT
+#endif
+
+/* The tensor descriptor of DLPack 1.x. A program that also uses dlpack.h includes it before this header. */
+#ifndef DLPACK_DLPACK_H_
+typedef enum { kDLCPU = 1 } DLDeviceType;
+
+typedef struct {
+  DLDeviceType device_type;
+  int32_t device_id;
+} DLDevice;
+
+typedef enum { kDLInt = 0U, kDLUInt = 1U, kDLFloat = 2U, kDLBfloat = 4U } DLDataTypeCode;
+
+typedef struct {
+  uint8_t code; /* a DLDataTypeCode */
+  uint8_t bits;
+  uint16_t lanes;
+} DLDataType;
+
+typedef struct {
+  void* data;
+  DLDevice device;
+  int32_t ndim;
+  DLDataType dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+} DLTensor;
+#endif
+
+#define FWP_ABI_VERSION 1
+
+/* ---- errors ---- */
+
+enum {
+  FWP_OK = 0,
+  FWP_SHAPE_ERROR = 1,
+  FWP_DTYPE_ERROR = 2,
+  FWP_DEVICE_ERROR = 3,
+  FWP_UNSUPPORTED_ERROR = 4,
+  FWP_ARGUMENT_ERROR = 5,
+  FWP_READ_ONLY_ERROR = 6,
+  FWP_CUDA_ERROR = 7,
+  FWP_OUT_OF_MEMORY = 8,
+  FWP_INTERRUPTED = 9,
+  FWP_INTERNAL_ERROR = 10
+};
+
+typedef struct fwp_error_info {
+  int code;
+  const char* name;        /* the Python class, "ShapeError" */
+  const char* python_base; /* the built-in it also is, "ValueError" */
+  const char* meaning;
+} fwp_error_info;
+
+/* The one table of errors, *count entries. Codes without a class of their own (out of memory, interrupted,
+ * internal) carry the name of the Python built-in that stands for them. */
+FWP_API const fwp_error_info* fwp_error_table(size_t* count) FWP_NOEXCEPT;
+/* Message of the last error of this thread; empty if there was none. Valid until the thread's next call. */
+FWP_API const char* fwp_last_error(void) FWP_NOEXCEPT;
+
+/* ---- arguments ---- */
+
+/* interrupt is polled by the calling thread every few milliseconds; non-zero stops the call with
+ * FWP_INTERRUPTED. It must not throw. Single steps are not interrupted. */
+typedef struct fwp_options {
+  size_t struct_size;
+  double scale;
+  int (*interrupt)(void* interrupt_data);
+  void* interrupt_data;
+} fwp_options;
+#define FWP_OPTIONS_INIT {sizeof(fwp_options), 1.0, NULL, NULL}
+
+/* q [B,T,Hq,K]  k [B,T,Hk,K]  v [B,T,Hv,V]  beta [B,T,H]  g [B,T,H] or [B,T,H,K]  h0 [N,H,K,V]
+ * H = max(Hq,Hk,Hv); every head count divides H, and head h reads q head h / (H/Hq), and so on.
+ * cu_seqlens: int32 or int64 [N+1], then B = 1; starts with 0, never falls, ends with T. Else N = B.
+ * For *_step the T axis is left out, h0 and cu_seqlens are NULL.
+ * beta is required by the delta rule; g and h0 may be NULL (no decay, zero state). */
+typedef struct fwp_inputs {
+  size_t struct_size;
+  const DLTensor* q;
+  const DLTensor* k;
+  const DLTensor* v;
+  const DLTensor* beta;
+  const DLTensor* g;
+  const DLTensor* h0;
+  const DLTensor* cu_seqlens;
+} fwp_inputs;
+#define FWP_INPUTS_INIT {sizeof(fwp_inputs), NULL, NULL, NULL, NULL, NULL, NULL, NULL}
+
+/* o [B,T,H,V] required; hT [N,H,K,V] and checkpoints may be NULL. checkpoints: a compact 1-d tensor of the
+ * state's dtype with the number of elements that the *_checkpoints query returns; handed to *_bwd it spares
+ * the backward pass its own forward sweep. Its layout is private and holds for one ISA level. */
+typedef struct fwp_outputs {
+  size_t struct_size;
+  const DLTensor* o;
+  const DLTensor* hT;
+  const DLTensor* checkpoints;
+} fwp_outputs;
+#define FWP_OUTPUTS_INIT {sizeof(fwp_outputs), NULL, NULL, NULL}
+
+/* d_o [B,T,H,V] required; d_hT [N,H,K,V] and checkpoints may be NULL. */
+typedef struct fwp_cotangents {
+  size_t struct_size;
+  const DLTensor* d_o;
+  const DLTensor* d_hT;
+  const DLTensor* checkpoints;
+} fwp_cotangents;
+#define FWP_COTANGENTS_INIT {sizeof(fwp_cotangents), NULL, NULL, NULL}
+
+/* Each has its input's shape and dtype and is overwritten, never added to; NULL: not wanted. */
+typedef struct fwp_gradients {
+  size_t struct_size;
+  const DLTensor* dq;
+  const DLTensor* dk;
+  const DLTensor* dv;
+  const DLTensor* dbeta;
+  const DLTensor* dg;
+  const DLTensor* dh0;
+} fwp_gradients;
+#define FWP_GRADIENTS_INIT {sizeof(fwp_gradients), NULL, NULL, NULL, NULL, NULL, NULL}
+
+/* ---- scans ---- */
+
+/* Forward. Cost: 4KV (linear) or 6KV (delta) flops per token and head, O(K V) scratch per thread. */
+FWP_API int fwp_linear_fwd(const fwp_options* options, const fwp_inputs* inputs, const fwp_outputs* outputs,
+                           void* workspace, size_t workspace_bytes, void* stream) FWP_NOEXCEPT;
+FWP_API int fwp_delta_fwd(const fwp_options* options, const fwp_inputs* inputs, const fwp_outputs* outputs,
+                          void* workspace, size_t workspace_bytes, void* stream) FWP_NOEXCEPT;
+
+/* Backward: exact gradients of sum(o * d_o) + sum(hT * d_hT). Inputs as given to the forward call. */
+FWP_API int fwp_linear_bwd(const fwp_options* options, const fwp_inputs* inputs, const fwp_cotangents* cotangents,
+                           const fwp_gradients* gradients, void* workspace, size_t workspace_bytes,
+                           void* stream) FWP_NOEXCEPT;
+FWP_API int fwp_delta_bwd(const fwp_options* options, const fwp_inputs* inputs, const fwp_cotangents* cotangents,
+                          const fwp_gradients* gradients, void* workspace, size_t workspace_bytes,
+                          void* stream) FWP_NOEXCEPT;
+
+/* One token, for decoding: q,k [B,H,K], v [B,H,V], beta [B,H], g [B,H] or [B,H,K], state [B,H,K,V] updated in
+ * place, o [B,H,V]. */
+FWP_API int fwp_linear_step(const fwp_options* options, const fwp_inputs* inputs, const DLTensor* state,
+                            const DLTensor* o, void* workspace, size_t workspace_bytes, void* stream) FWP_NOEXCEPT;
+FWP_API int fwp_delta_step(const fwp_options* options, const fwp_inputs* inputs, const DLTensor* state,
+                           const DLTensor* o, void* workspace, size_t workspace_bytes, void* stream) FWP_NOEXCEPT;
+
+/* Bytes of workspace that the call with these inputs takes, with the current number of threads and ISA level. */
+FWP_API int fwp_linear_fwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
+FWP_API int fwp_delta_fwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
+FWP_API int fwp_linear_bwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
+FWP_API int fwp_delta_bwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
+FWP_API int fwp_linear_step_workspace(const fwp_options* options, const fwp_inputs* inputs,
+                                      size_t* bytes) FWP_NOEXCEPT;
+FWP_API int fwp_delta_step_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
+/* Elements of the checkpoints tensor for these inputs (the same for both rules). */
+FWP_API int fwp_checkpoints(const fwp_options* options, const fwp_inputs* inputs, int64_t* elements) FWP_NOEXCEPT;
+
+/* ---- library ---- */
+
+FWP_API int fwp_abi_version(void) FWP_NOEXCEPT;
+FWP_API const char* fwp_version(void) FWP_NOEXCEPT;
+FWP_API const char* fwp_compiler(void) FWP_NOEXCEPT;
+
+/* Threads used by a call, at least 1. Starts from FWP_NUM_THREADS, then OMP_NUM_THREADS, then the affinity
+ * mask and the cgroup quota. */
+FWP_API int fwp_set_num_threads(int threads) FWP_NOEXCEPT;
+FWP_API int fwp_get_num_threads(void) FWP_NOEXCEPT;
+
+/* Instruction set levels, best last: "base", "v3" (AVX2, FMA), "v4" (AVX-512) or "base", "neon". The list of
+ * those built and present in this machine ends with NULL. fwp_use_isa switches the whole process at once;
+ * FWP_ISA sets the first choice. fwp_isa_calls counts the calls that ran at a level. */
+FWP_API const char* const* fwp_available_isas(void) FWP_NOEXCEPT;
+FWP_API const char* fwp_isa(void) FWP_NOEXCEPT;
+FWP_API int fwp_use_isa(const char* name) FWP_NOEXCEPT;
+FWP_API uint64_t fwp_isa_calls(const char* name) FWP_NOEXCEPT;
+/* Tokens taken per pass over the state at the current level (the block size). */
+FWP_API int fwp_block_size(void) FWP_NOEXCEPT;
+/* Rate of independent fused multiply-adds in one thread at the current level, in flop/s: the yardstick of the
+ * benchmarks. bits: 32 or 64. Takes about `seconds`; 0 if bits is neither. */
+FWP_API double fwp_fma_peak(int bits, double seconds) FWP_NOEXCEPT;
+
+/* State of the CUDA back end in words, "available" if it can be used. */
+FWP_API const char* fwp_cuda_state(void) FWP_NOEXCEPT;
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* FWP_H */

@@ -1,0 +1,81 @@
+// Decay inside a block of C tokens: S' = diag(a_t) S, a_t = exp(g_t), one number or one per key channel (RFA gate,
+// RetNet, Mamba-2, GLA, Gated DeltaNet, KDA).  Texts are for one pack P of key channels; channels meet only in M, P and,
+// for a scalar gate, in dg.
+//
+//   kr_t = a_1..a_t k_t            how token t reads the block's first state (qr_t likewise, q carries the scale)
+//   kw_i = a_{i+1}..a_C k_i        how write i arrives in the block's last state
+//   A = a_1..a_C                   how the first state arrives there
+//   M_ti = k_t . (a_{i+1}..a_t k_i)  for i < t          P_ti = q_t . (a_{i+1}..a_t k_i)  for i <= t
+//
+// Only products of the a_t themselves occur, never quotients or differences of prefix sums: strong gates lose nothing,
+// a_t = 0 (g = -inf) is a legal reset, and every term of dg_t = <dS'_t, S'_t> carries the factor a_t.
+#pragma once
+
+struct NoDecay {
+  static constexpr bool decays = false, per_channel = false;
+};
+struct ScalarDecay {
+  static constexpr bool decays = true, per_channel = false;
+};
+struct ChannelDecay {
+  static constexpr bool decays = true, per_channel = true;
+};
+
+// Token t of the forward pass. A: in the product up to t - 1, out up to t. kw[i], i < t: in decayed to t - 1, out to t;
+// kw[t] out. Adds this pack's share to the dot products m[i] = M_ti (i < t) and p[i] = P_ti (i <= t).
+template <class Decay, int t, class P>
+FWP_HD void decay_token_fwd(P k, P q, P a, P& A, P& kr, P& qr, P* kw, P* m, P* p) {
+  if constexpr (Decay::decays) A *= a;
+  kr = Decay::decays ? A * k : k;
+  qr = Decay::decays ? A * q : q;
+  FWP_UNROLL for (int i = 0; i < t; ++i) {
+    if constexpr (Decay::decays) kw[i] *= a;
+    m[i] += k * kw[i];
+    p[i] += q * kw[i];
+  }
+  kw[t] = k;
+  p[t] += q * k;
+}
+
+// Backward of the whole block: from the adjoints dkr, dqr, dkw, dM, dP (dM_ti at [t * C + i]) and, for dg, the channel
+// sums H = sum over value columns of D1 * S0, the gradients dk, dq and dg of this pack of channels.
+template <class Decay, int C, class P, class T>
+FWP_HD void decay_block_bwd(const P* k, const P* q, const P* a, const P* dkr, const P* dqr, const P* dkw, const T* dM,
+                            const T* dP, P H, P* dk, P* dq, P* dg) {
+  P A[C], B[C];  // a_1..a_t and a_{t+1}..a_C
+  if constexpr (Decay::decays) {
+    A[0] = a[0];
+    FWP_UNROLL for (int t = 1; t < C; ++t) A[t] = A[t - 1] * a[t];
+    B[C - 1] = P{} + T(1);
+    FWP_UNROLL for (int t = C - 1; t > 0; --t) B[t - 1] = B[t] * a[t];
+  }
+  FWP_UNROLL for (int t = 0; t < C; ++t) {
+    dq[t] = (Decay::decays ? A[t] * dqr[t] : dqr[t]) + dP[t * C + t] * k[t];
+    dk[t] = (Decay::decays ? A[t] * dkr[t] + B[t] * dkw[t] : dkr[t] + dkw[t]) + dP[t * C + t] * q[t];
+  }
+  if constexpr (Decay::decays) {
+    // Through a_s pass: the first state on its way to D1 (H) and to the reads t >= s, and the writes i < s to D1.
+    P reads = A[C - 1] * H, writes = P{};
+    FWP_UNROLL for (int s = C - 1; s >= 0; --s) {
+      reads += A[s] * (q[s] * dqr[s] + k[s] * dkr[s]);
+      dg[s] = reads;
+    }
+    FWP_UNROLL for (int s = 1; s < C; ++s) {
+      writes += k[s - 1] * (B[s - 1] * dkw[s - 1]);
+      dg[s] += writes;
+    }
+  }
+  FWP_UNROLL for (int i = 0; i < C - 1; ++i) {
+    P L = P{} + T(1);  // a_{i+1}..a_j
+    FWP_UNROLL for (int j = i + 1; j < C; ++j) {
+      const T m = dM[j * C + i], p = dP[j * C + i];
+      const P x = p * q[j] + m * k[j];
+      if constexpr (Decay::decays) L *= a[j];
+      const P Lk = Decay::decays ? L * k[i] : k[i];
+      dq[j] += p * Lk;
+      dk[j] += m * Lk;
+      dk[i] += Decay::decays ? L * x : x;
+      if constexpr (Decay::decays) FWP_UNROLL for (int s = i + 1; s <= j; ++s) dg[s] += Lk * x;
+    }
+  }
+}

@@ -1,0 +1,291 @@
+// Time, backward: one tile of one head, one window of tokens, from the last to the first.
+//
+// Forward left a checkpoint of the state every `segment` tokens. Each segment is run forward once more, keeping the
+// state before every block, and then backward block by block with the adjoint D of the state. So every gradient,
+// dg = <dS', S'> among them, sees the state and its adjoint side by side, and memory stays O(T V) + O(segment K).
+#pragma once
+
+#include "forward.hpp"
+
+namespace fwp {
+namespace {
+
+template <class Tile, class Decay, int C>
+struct BackwardScratch {
+  using T = typename Tile::Scalar;
+  Block<Tile, Decay, C>* blocks;
+  T* S;       // the state before each block, and after the last
+  T *e, *u;   // [segment][columns]
+  T *v, *RX;  // as in forward
+  T *x;       // [2C][columns]: -de, then do
+  T *Z, *p, *de;
+  T *dkr, *dqr, *dkw, *H;  // [C][ld], H [ld]
+  T *dk, *dq, *dg;
+
+  BackwardScratch(Arena& arena, const Geometry& g) {
+    const int64_t count = g.segment / C, cols = g.columns;
+    blocks = arena.take<Block<Tile, Decay, C>>(count);
+    const bool counting = blocks == nullptr;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto block = Block<Tile, Decay, C>::take(arena, g.ld);
+      if (!counting) blocks[i] = block;
+    }
+    S = arena.take<T>((count + 1) * g.ld * cols);
+    e = arena.take<T>(g.segment * cols);
+    u = arena.take<T>(g.segment * cols);
+    v = arena.take<T>(C * cols);
+    RX = arena.take<T>(2 * C * cols);
+    x = arena.take<T>(2 * C * cols);
+    Z = arena.take<T>(C * cols);
+    p = arena.take<T>(C * cols);
+    de = arena.take<T>(C * cols);
+    dkr = arena.take<T>(C * g.ld);
+    dqr = arena.take<T>(C * g.ld);
+    dkw = arena.take<T>(C * g.ld);
+    H = arena.take<T>(g.ld);
+    dk = arena.take<T>(C * g.ld);
+    dq = arena.take<T>(C * g.ld);
+    dg = arena.take<T>(C * g.ld);
+  }
+};
+
+// Columns from `first` of row t; `add`: on top of what an earlier tile left there.
+template <class Tile, class T>
+void put_row(const GradientRows& rows, int64_t t, int64_t first, const T* from, int64_t n, bool add) {
+  if (!rows.data) return;
+  T* to = static_cast<T*>(rows.data) + t * rows.stride + first;
+  if (!add) return copy_out<Tile>(from, n, to);
+  int64_t i = 0;
+  for (; i + Tile::kWidth <= n; i += Tile::kWidth)
+    Tile::store_unaligned(to + i, Tile::load_unaligned(to + i) + Tile::load(from + i));
+  for (; i < n; ++i) to[i] += from[i];
+}
+
+// dP_ti = do_t . u_i for i <= t, dM_ti = -de_t . u_i for i < t, and dbeta_t = p_t . e_t, summed over the columns.
+template <class Rule, class Tile, int C, class T>
+void column_sums(const T* d_o, const T* minus_de, const T* p, const T* u, const T* e, T* dP, T* dM, T* dbeta) {
+  using P = typename Tile::P;
+  constexpr int W = Tile::kWidth, cols = Tile::kColumns;
+  const auto dot = [](const T* a, const T* b) {
+    return Tile::load(a) * Tile::load(b) + Tile::load(a + W) * Tile::load(b + W);
+  };
+  FWP_UNROLL for (int t = 0; t < C; ++t) {
+    constexpr int sums = 2 * C + 1, room = (sums + W - 1) / W * W;
+    P x[room] = {};
+    T out[sums];
+    FWP_UNROLL for (int i = 0; i < C; ++i) if (i <= t) x[i] = dot(d_o + t * cols, u + i * cols);
+    if constexpr (Rule::predicts)
+      FWP_UNROLL for (int i = 0; i < C; ++i) if (i < t) x[C + i] = dot(minus_de + t * cols, u + i * cols);
+    x[2 * C] = dot(p + t * cols, e + t * cols);
+    Tile::template sums<sums>(x, out);
+    for (int i = 0; i < C; ++i) dP[t * C + i] = out[i];
+    for (int i = 0; i < C; ++i) dM[t * C + i] = out[C + i];
+    dbeta[t] = out[2 * C];
+  }
+}
+
+// One block backward on one tile: S is the state before it, D the adjoint of the state after it, in place that before.
+template <class Tile, class Rule, class Decay, int C, class T>
+void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b, BackwardScratch<Tile, Decay, C>& s,
+             const T* S, const T* e, const T* u, T* D, int64_t t, const BackwardPart& part, int64_t tile,
+             const HeadGradients& out) {
+  using P = typename Tile::P;
+  constexpr int W = Tile::kWidth, cols = Tile::kColumns;
+  const int64_t ld = g.ld;
+  T* const minus_de = s.x;
+  const T* const d_o = s.x + C * cols;
+
+  Tile::template read<C>(b.k_w, ld, p.K, D, s.Z);
+  for (int j = 0; j < cols; j += W) {
+    P Z[C], o[C], pj[C], de[C];
+    FWP_UNROLL for (int i = 0; i < C; ++i) {
+      Z[i] = Tile::load(s.Z + i * cols + j);
+      o[i] = Tile::load(d_o + i * cols + j);
+    }
+    block_bwd<Rule, C>(Z, b.M, b.P_, o, b.beta, pj, de);
+    FWP_UNROLL for (int i = 0; i < C; ++i) {
+      const P there = i < b.n ? de[i] : P{};  // rows beyond the last token must not reach D
+      Tile::store(s.p + i * cols + j, pj[i]);
+      Tile::store(s.de + i * cols + j, there);
+      Tile::store(minus_de + i * cols + j, -there);
+    }
+  }
+
+  T dP[C * C], dM[C * C], dbeta[C];
+  column_sums<Rule, Tile, C>(d_o, minus_de, s.p, u, e, dP, dM, dbeta);
+  for (int i = 0; i < b.n; ++i) {
+    Tile::read_columns(S, ld, d_o + i * cols, s.dqr + i * ld);
+    Tile::read_columns(D, ld, u + i * cols, s.dkw + i * ld);
+    if constexpr (Rule::predicts) Tile::read_columns(S, ld, minus_de + i * cols, s.dkr + i * ld);
+  }
+  if constexpr (Decay::decays) Tile::dot_rows(S, D, ld, s.H);
+
+  const P scale = Tile::broadcast(static_cast<T>(p.scale));
+  P dg_sum[(C + W - 1) / W * W] = {};
+  for (int64_t d = 0; d < ld; d += W) {
+    P k[C], q[C], a[C] = {}, dkr[C] = {}, dqr[C] = {}, dkw[C] = {}, dk[C], dq[C], dg[C] = {}, H = {};
+    for (int i = 0; i < C; ++i) {
+      k[i] = Tile::load(b.kq + i * ld + d);
+      q[i] = Tile::load(b.kq + (C + i) * ld + d);
+      if constexpr (Decay::decays) a[i] = b.decay(i, d, ld);
+      if (i >= b.n) continue;
+      dqr[i] = Tile::load(s.dqr + i * ld + d);
+      dkw[i] = Tile::load(s.dkw + i * ld + d);
+      if constexpr (Rule::predicts) dkr[i] = Tile::load(s.dkr + i * ld + d);
+    }
+    if constexpr (Decay::decays) H = Tile::load(s.H + d);
+    decay_block_bwd<Decay, C>(k, q, a, dkr, dqr, dkw, dM, dP, H, dk, dq, dg);
+    if (b.resets) dg[0] = Tile::load(b.keep + d) != P{} ? dg[0] : P{};
+    for (int i = 0; i < C; ++i) {
+      Tile::store(s.dk + i * ld + d, dk[i]);
+      Tile::store(s.dq + i * ld + d, dq[i] * scale);
+      if constexpr (Decay::per_channel)
+        Tile::store(s.dg + i * ld + d, dg[i]);
+      else
+        dg_sum[i] += dg[i];
+    }
+  }
+  T dg[C];
+  if constexpr (Decay::decays && !Decay::per_channel) Tile::template sums<C>(dg_sum, dg);
+
+  const int64_t width = p.V - tile * cols < cols ? p.V - tile * cols : cols;
+  const bool add = tile > part.tile_begin;
+  for (int i = 0; i < b.n; ++i) {
+    put_row<Tile>(out.dq, t + i, 0, s.dq + i * ld, p.K, add);
+    put_row<Tile>(out.dk, t + i, 0, s.dk + i * ld, p.K, add);
+    put_row<Tile>(out.dv, t + i, (tile - part.tile_begin) * cols, s.de + i * cols, width, false);
+    put_row<Tile>(out.dbeta, t + i, 0, dbeta + i, 1, add);
+    if constexpr (Decay::per_channel) put_row<Tile>(out.dg, t + i, 0, s.dg + i * ld, p.K, add);
+    if constexpr (Decay::decays && !Decay::per_channel) put_row<Tile>(out.dg, t + i, 0, dg + i, 1, add);
+  }
+
+  if constexpr (Rule::predicts)
+    Tile::template write<2 * C, Decay::decays>(b.kq_r, ld, p.K, b.A, s.x, D, D);
+  else
+    Tile::template write<C, Decay::decays>(b.kq_r + C * ld, ld, p.K, b.A, d_o, D, D);
+  b.reset(p, D);
+}
+
+// Tokens [t0, end) of one head: forward from the checkpoint, then backward. The scratch holds as many blocks as a segment
+// has without resets; with more, the segment is taken in several runs, the last first, each from the checkpoint on.
+template <class Tile, class Rule, class Decay, int C>
+bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& part, BackwardScratch<Tile, Decay, C>& s,
+                      const Sequence& seq, int64_t h, int64_t t0, int64_t end, const Stop& stop) {
+  using T = typename Tile::Scalar;
+  const int64_t most = g.segment / C, size = g.ld * g.columns, block_size = C * g.columns;
+  int64_t starts[C + 1] = {t0}, runs = 0;  // a block has at least one token: at most C runs, then the end
+  while (starts[runs] < end) {
+    int64_t t = starts[runs];
+    for (int64_t b = 0; b < most && t < end; ++b) t += block_length<Tile, Decay, C>(p, seq, h, t, end);
+    starts[++runs] = t;
+  }
+  int64_t staged = -1, count = 0;
+  for (int64_t last = runs - 1; last >= 0; --last)
+    for (int64_t j = part.tile_begin; j < part.tile_end; ++j) {
+      T* const D = static_cast<T*>(part.D) + (h * g.tiles + j) * size;
+      copy_in<Tile>(checkpoint<T>(p, g, part.slot + t0 / g.segment, h, j), size, s.S, size);
+      for (int64_t run = 0; run <= last; ++run) {
+        int64_t t = starts[run];
+        if (staged != run) count = stage_blocks(s.blocks, most, p, g, seq, h, t, end);
+        staged = run;
+        t = starts[run];
+        for (int64_t b = 0; b < count; t += s.blocks[b++].n) {
+          if (stop.asked(stop.data)) return false;
+          T* S = s.S + b * size;
+          stage_columns<Tile, C>(p.v, seq.b, seq.begin + t, s.blocks[b].n, h, p, g, j, s.v);
+          advance<Rule, false>(s.blocks[b], p, g.ld, s.v, S, S + size, s.RX, s.e + b * block_size, s.u + b * block_size,
+                               static_cast<T*>(nullptr));
+        }
+        if (run < last) copy_in<Tile>(s.S + count * size, size, s.S, size);
+      }
+      int64_t t = starts[last + 1];
+      for (int64_t b = count - 1; b >= 0; --b) {
+        if (stop.asked(stop.data)) return false;
+        t -= s.blocks[b].n;
+        stage_columns<Tile, C>(p.d_o, seq.b, seq.begin + t, s.blocks[b].n, h, p, g, j, s.x + block_size);
+        retreat<Tile, Rule, Decay, C>(p, g, s.blocks[b], s, s.S + b * size, s.e + b * block_size, s.u + b * block_size, D,
+                                      t - part.begin, part, j, part.gradients[(h - part.head_begin) * part.next_head]);
+      }
+    }
+  return true;
+}
+
+template <class Tile, class Rule, class Decay, int C>
+void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part, void* scratch, const Stop& stop) {
+  using T = typename Tile::Scalar;
+  Arena arena(scratch);
+  BackwardScratch<Tile, Decay, C> s(arena, g);
+  const Sequence seq = sequence(p, part.n);
+  const int64_t size = g.ld * g.columns;
+  const auto adjoint = [&](int64_t h, int64_t j) { return static_cast<T*>(part.D) + (h * g.tiles + j) * size; };
+
+  for (int64_t b = 0; b <= g.segment / C; ++b)  // rows K.. of a tile: passes over K never write them, sums over ld read them
+    fill<T>(s.S + b * size + p.K * g.columns, (g.ld - p.K) * g.columns, 0);
+  if (part.end == seq.length)
+    for (int64_t h = part.head_begin; h < part.head_end; ++h)
+      for (int64_t j = part.tile_begin; j < part.tile_end; ++j) load_tile<Tile>(p.d_hT, part.n, h, p, g, j, adjoint(h, j));
+
+  const int64_t segments = (part.end - part.begin + g.segment - 1) / g.segment;
+  for (int64_t i = segments - 1; i >= 0; --i) {
+    const int64_t t0 = part.begin + i * g.segment;
+    const int64_t end = part.end - t0 < g.segment ? part.end : t0 + g.segment;
+    for (int64_t h = part.head_begin; h < part.head_end; ++h)
+      if (!segment_backward<Tile, Rule>(p, g, part, s, seq, h, t0, end, stop)) return;
+  }
+
+  if (part.begin > 0) return;
+  for (int64_t h = part.head_begin; h < part.head_end; ++h)
+    for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
+      store_tile<Tile>(adjoint(h, j), p, g, j, p.dh0, part.n, h);
+}
+
+// One row of a gradient: the partial rows of `heads` heads, `shares` each, rounded into `out`. First the shares of a head
+// are added, then the heads, so that it does not matter how many shares a head was cut into.
+template <class T>
+void sum_row(const HeadGradients* gradients, GradientRows HeadGradients::*field, int64_t heads, int64_t next_head,
+             int64_t shares, int64_t t, int64_t width, DType dtype, char* out) {
+  constexpr int64_t kPiece = 64;
+  T sum[kPiece], head[kPiece];
+  for (int64_t first = 0; first < width; first += kPiece) {
+    const int64_t n = width - first < kPiece ? width - first : kPiece;
+    if (heads * shares == 0) fill<T>(sum, n, 0);
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t j = 0; j < shares; ++j) {
+        const GradientRows& rows = gradients[h * next_head + j].*field;
+        const T* from = static_cast<const T*>(rows.data) + t * rows.stride + first;
+        for (int64_t i = 0; i < n; ++i) head[i] = j == 0 ? from[i] : head[i] + from[i];
+      }
+      for (int64_t i = 0; i < n && shares > 0; ++i) sum[i] = h == 0 ? head[i] : sum[i] + head[i];
+    }
+    for (int64_t i = 0; i < n; ++i)
+      if (dtype == DType::f64)
+        reinterpret_cast<double*>(out)[first + i] = static_cast<double>(sum[i]);
+      else
+        reinterpret_cast<float*>(out)[first + i] = static_cast<float>(sum[i]);
+  }
+}
+
+// Adds up the partial rows of one gradient.
+template <class T>
+void reduce(const Problem& p, const ReducePart& part) {
+  const Rows& to = part.to;
+  const Sequence seq = sequence(p, part.n);
+  for (int64_t h = 0; h < p.H; h += to.group)
+    for (int64_t t = part.begin; t < part.end; ++t) {
+      char* out = row(to, seq.b, seq.begin + t, h);
+      const HeadGradients* own = part.gradients + h * part.shares;
+      if (part.columns == 0) {
+        sum_row<T>(own, part.field, to.group, part.shares, part.shares, t - part.origin, part.width, to.dtype, out);
+        continue;
+      }
+      for (int64_t j = 0; j < part.shares; ++j) {
+        const int64_t first = j * part.columns;
+        const int64_t n = part.width - first < part.columns ? part.width - first : part.columns;
+        sum_row<T>(own + j, part.field, to.group, part.shares, 1, t - part.origin, n, to.dtype,
+                   out + first * static_cast<int64_t>(sizeof(T)));
+      }
+    }
+}
+
+}  // namespace
+}  // namespace fwp

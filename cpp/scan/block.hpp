@@ -1,0 +1,262 @@
+// A block of C tokens of one head, staged: rows widened to the accumulation type, padded to whole packs and decayed
+// (rules/decay.hpp). Staging does not depend on the value columns; all tiles of a head share it.
+//
+// Tile is the machine (cpp/cpu/tiles.hpp): packs of T and the passes over a tile of the state.
+#pragma once
+
+#include "../rules/block.hpp"
+#include "../rules/decay.hpp"
+#include "../rules/delta.hpp"
+#include "../rules/linear.hpp"
+#include "geometry.hpp"
+#include "problem.hpp"
+
+namespace fwp {
+namespace {
+
+// Hands out 64-byte aligned pieces of a workspace; over a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const size_t at = used_;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+inline char* row(const Rows& r, int64_t b, int64_t t, int64_t h) {
+  const int64_t item = r.dtype == DType::f64 ? 8 : 4;
+  return static_cast<char*>(r.data) + item * (b * r.b + t * r.t + h / r.group * r.h);
+}
+
+template <class Tile, class T>
+void copy_in(const T* from, int64_t n, T* to, int64_t padded) {
+  int64_t i = 0;
+  for (; i + Tile::kWidth <= n; i += Tile::kWidth) Tile::store(to + i, Tile::load_unaligned(from + i));
+  for (; i < n; ++i) to[i] = from[i];
+  for (; i < padded; ++i) to[i] = 0;
+}
+
+template <class Tile, class T>
+void copy_out(const T* from, int64_t n, T* to) {
+  int64_t i = 0;
+  for (; i + Tile::kWidth <= n; i += Tile::kWidth) Tile::store_unaligned(to + i, Tile::load(from + i));
+  for (; i < n; ++i) to[i] = from[i];
+}
+
+// n numbers of row (b,t,h), converted to T and padded with zeros.
+template <class Tile, class T>
+void stage_row(const Rows& r, int64_t b, int64_t t, int64_t h, int64_t first, int64_t n, T* to, int64_t padded) {
+  const char* from = row(r, b, t, h);
+  if (r.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32))
+    return copy_in<Tile>(reinterpret_cast<const T*>(from) + first, n, to, padded);
+  const float* narrow = reinterpret_cast<const float*>(from) + first;  // beta and g may be narrower than q
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(narrow[i]);
+  for (int64_t i = n; i < padded; ++i) to[i] = 0;
+}
+
+inline bool is_reset(const Problem& p, int64_t b, int64_t t, int64_t h, int64_t channel) {
+  const char* from = row(p.g, b, t, h);
+  return p.g.dtype == DType::f64 ? reinterpret_cast<const double*>(from)[channel] == -__builtin_inf()
+                                 : reinterpret_cast<const float*>(from)[channel] == -__builtin_inff();
+}
+inline bool any_reset(const Problem& p, int64_t b, int64_t t, int64_t h) {
+  bool any = false;
+  for (int64_t d = 0; d < (p.decay == Decay::channel ? p.K : 1); ++d) any |= is_reset(p, b, t, h, d);
+  return any;
+}
+
+template <class T>
+void fill(T* to, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) to[i] = value;
+}
+
+// Rows K.. of a tile and columns beyond V are zero and stay zero.
+template <class Tile, class T>
+void load_tile(const States& s, int64_t n, int64_t h, const Problem& p, const Geometry& g, int64_t tile, T* S) {
+  const int64_t first = tile * g.columns;
+  const int64_t width = p.V - first < g.columns ? p.V - first : g.columns;
+  if (!s.data) return fill<T>(S, g.ld * g.columns, 0);
+  const T* from = static_cast<const T*>(s.data) + n * s.n + h * s.h + first;
+  for (int64_t d = 0; d < p.K; ++d) copy_in<Tile>(from + d * s.k, width, S + d * g.columns, g.columns);
+  fill<T>(S + p.K * g.columns, (g.ld - p.K) * g.columns, 0);
+}
+
+template <class Tile, class T>
+void store_tile(const T* S, const Problem& p, const Geometry& g, int64_t tile, const States& s, int64_t n, int64_t h) {
+  if (!s.data) return;
+  const int64_t first = tile * g.columns;
+  const int64_t width = p.V - first < g.columns ? p.V - first : g.columns;
+  T* to = static_cast<T*>(s.data) + n * s.n + h * s.h + first;
+  for (int64_t d = 0; d < p.K; ++d) copy_out<Tile>(S + d * g.columns, width, to + d * s.k);
+}
+
+// Rows of value columns of one tile for n tokens from t, zero rows after them.
+template <class Tile, int C, class T>
+void stage_columns(const Rows& r, int64_t b, int64_t t, int n, int64_t h, const Problem& p, const Geometry& g, int64_t tile,
+                   T* to) {
+  const int64_t first = tile * g.columns;
+  const int64_t width = p.V - first < g.columns ? p.V - first : g.columns;
+  for (int i = 0; i < n; ++i) stage_row<Tile>(r, b, t + i, h, first, width, to + i * g.columns, g.columns);
+  fill<T>(to + n * g.columns, (C - n) * g.columns, 0);
+}
+
+// Tokens of the block that starts at token t: C of them, but it ends before a reset (g = -inf), so that a reset is always
+// the first token of its block and can clear the state by selection: nothing of the past survives it, not even NaN.
+template <class Tile, class Decay, int C>
+int block_length(const Problem& p, const Sequence& seq, int64_t h, int64_t t, int64_t end) {
+  const int most = end - t < C ? static_cast<int>(end - t) : C;
+  if constexpr (Decay::decays)
+    for (int i = 1; i < most; ++i)
+      if (any_reset(p, seq.b, seq.begin + t + i, h)) return i;
+  return most;
+}
+
+template <class Tile, class Decay, int C>
+struct Block {
+  using T = typename Tile::Scalar;
+  using P = typename Tile::P;
+  T* kq;      // [2C][ld]  k_t, then scale * q_t; zero rows from token n on
+  T* kq_r;    // [2C][ld]  kr_t, then qr_t: as they read the block's first state
+  T* k_w;     // [C][ld]   kw_i: as it is written into the block's last state
+  T* a;       // [C][ld] per channel, [C] per head
+  T* A;       // [ld]
+  T* M;       // [C][C], lower triangle
+  T* P_;      // [C][C], lower triangle
+  T* beta;    // [C]
+  T* keep;    // [ld]  where the first token resets: 0 for the channels it clears, 1 for the others
+  bool resets;
+  int n;      // tokens
+
+  static Block take(Arena& arena, int64_t ld) {
+    Block b;
+    b.kq = arena.take<T>(2 * C * ld);
+    b.kq_r = Decay::decays ? arena.take<T>(2 * C * ld) : b.kq;
+    b.k_w = Decay::decays ? arena.take<T>(C * ld) : b.kq;
+    b.a = arena.take<T>(Decay::per_channel ? C * ld : C);
+    b.A = Decay::decays ? arena.take<T>(ld) : nullptr;
+    b.M = arena.take<T>(C * C);
+    b.P_ = arena.take<T>(C * C);
+    b.beta = arena.take<T>(C);
+    b.keep = Decay::decays ? arena.take<T>(ld) : nullptr;
+    b.resets = false;
+    b.n = 0;
+    return b;
+  }
+
+  P decay(int t, int64_t d, int64_t ld) const {
+    if constexpr (Decay::per_channel) return Tile::load(a + t * ld + d);
+    return Tile::broadcast(a[t]);
+  }
+
+  void stage(const Problem& p, const Geometry& g, int64_t b, int64_t t0, int tokens, int64_t h) {
+    n = tokens;
+    const int64_t ld = g.ld;
+    const P scale = Tile::broadcast(static_cast<T>(p.scale));
+    for (int t = 0; t < n; ++t) {
+      T *k = kq + t * ld, *q = kq + (C + t) * ld;
+      stage_row<Tile>(p.k, b, t0 + t, h, 0, p.K, k, ld);
+      stage_row<Tile>(p.q, b, t0 + t, h, 0, p.K, q, ld);
+      for (int64_t d = 0; d < ld; d += Tile::kWidth) Tile::store(q + d, Tile::load(q + d) * scale);
+      beta[t] = 1;
+      if (p.beta.data) stage_row<Tile>(p.beta, b, t0 + t, h, 0, 1, beta + t, 1);
+      if constexpr (Decay::decays) {
+        const int64_t width = Decay::per_channel ? p.K : 1, padded = Decay::per_channel ? ld : 1;
+        stage_row<Tile>(p.g, b, t0 + t, h, 0, width, a + t * padded, padded);
+      }
+    }
+    fill<T>(kq + n * ld, (C - n) * ld, 0);
+    fill<T>(kq + (C + n) * ld, (C - n) * ld, 0);
+    fill<T>(beta + n, C - n, 0);
+    if constexpr (Decay::decays) {
+      resets = any_reset(p, b, t0, h);
+      for (int64_t d = 0; resets && d < ld; ++d)
+        keep[d] = d < p.K && is_reset(p, b, t0, h, Decay::per_channel ? d : 0) ? T(0) : T(1);
+      exponentiate(ld);
+    }
+    token<0>(ld);
+  }
+
+  // Clears the rows of a tile that the first token resets.
+  void reset(const Problem& p, T* S) const {
+    if (!resets) return;
+    for (int64_t d = 0; d < p.K; ++d)
+      if (keep[d] == 0) fill<T>(S + d * Tile::kColumns, Tile::kColumns, 0);
+  }
+
+ private:
+  void exponentiate(int64_t ld) {
+    const int64_t padded = Decay::per_channel ? ld : 1;
+    fill<T>(a + n * padded, (C - n) * padded, 0);  // tokens that are not there do not decay
+    if constexpr (Decay::per_channel)
+      for (int64_t i = 0; i < C * ld; i += Tile::kWidth) Tile::store(a + i, Tile::exp(Tile::load(a + i)));
+    else
+      for (int t = 0; t < C; ++t) a[t] = Tile::exp(Tile::broadcast(a[t]))[0];
+  }
+
+  template <int t>
+  void token(int64_t ld) {
+    constexpr int sums = 2 * t + 1, room = (sums + Tile::kWidth - 1) / Tile::kWidth * Tile::kWidth;
+    P x[room] = {};  // the dot products m[0..t), p[0..t]
+    for (int64_t d = 0; d < ld; d += Tile::kWidth) {
+      P kw[t + 1], kr, qr, A_t = Tile::broadcast(T(1));
+      for (int i = 0; i < t; ++i) kw[i] = Tile::load(k_w + i * ld + d);
+      if constexpr (Decay::decays && t > 0) A_t = Tile::load(A + d);
+      decay_token_fwd<Decay, t>(Tile::load(kq + t * ld + d), Tile::load(kq + (C + t) * ld + d), decay(t, d, ld), A_t, kr,
+                                qr, kw, x, x + t);
+      if constexpr (Decay::decays) {
+        Tile::store(A + d, A_t);
+        Tile::store(kq_r + t * ld + d, kr);
+        Tile::store(kq_r + (C + t) * ld + d, qr);
+        for (int i = 0; i <= t; ++i) Tile::store(k_w + i * ld + d, kw[i]);
+      }
+    }
+    T out[sums];
+    Tile::template sums<sums>(x, out);
+    for (int i = 0; i < t; ++i) M[t * C + i] = out[i];
+    for (int i = 0; i <= t; ++i) P_[t * C + i] = out[t + i];
+    if constexpr (t + 1 < C) token<t + 1>(ld);
+  }
+};
+
+// Forward through one block on one tile: from v and the tile S the errors e, what is written u and, if it is asked for,
+// the output o, all [C][columns]; then the tile after the block in S_out, which may be S. A reset clears S itself.
+// RX [2C][columns] is scratch.
+template <class Rule, bool output, class Tile, class Decay, int C, class T>
+void advance(const Block<Tile, Decay, C>& b, const Problem& p, int64_t ld, const T* v, T* S, T* S_out, T* RX, T* e, T* u,
+             T* o) {
+  using P = typename Tile::P;
+  constexpr int W = Tile::kWidth, cols = Tile::kColumns;
+  b.reset(p, S);
+  if constexpr (Rule::predicts && output)
+    Tile::template read<2 * C>(b.kq_r, ld, p.K, S, RX);
+  else if constexpr (Rule::predicts)
+    Tile::template read<C>(b.kq_r, ld, p.K, S, RX);
+  else if constexpr (output)
+    Tile::template read<C>(b.kq_r + C * ld, ld, p.K, S, RX + C * cols);
+  for (int j = 0; j < cols; j += W) {
+    P R[C] = {}, X[C] = {}, vj[C], ej[C], uj[C], oj[C];
+    FWP_UNROLL for (int t = 0; t < C; ++t) {
+      if constexpr (Rule::predicts) R[t] = Tile::load(RX + t * cols + j);
+      if constexpr (output) X[t] = Tile::load(RX + (C + t) * cols + j);
+      vj[t] = Tile::load(v + t * cols + j);
+    }
+    block_fwd<Rule, C>(R, X, b.M, b.P_, vj, b.beta, ej, uj, oj);
+    FWP_UNROLL for (int t = 0; t < C; ++t) {
+      Tile::store(e + t * cols + j, ej[t]);
+      Tile::store(u + t * cols + j, uj[t]);
+      if constexpr (output) Tile::store(o + t * cols + j, oj[t]);
+    }
+  }
+  Tile::template write_some<C, Decay::decays>(b.n, b.k_w, ld, p.K, b.A, u, S, S_out);
+}
+
+}  // namespace
+}  // namespace fwp

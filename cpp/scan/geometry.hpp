@@ -1,0 +1,90 @@
+// How a problem is cut: value columns into tiles, tokens into blocks, chunks, segments and windows. Only the sizes of
+// blocks and tiles touch a result, by rounding, and they depend on the dtype and the ISA level alone: never on B, H, T
+// or the number of threads.
+#pragma once
+
+#include "problem.hpp"
+
+namespace fwp {
+
+struct Geometry {
+  int64_t block = 1;    // tokens per pass over a state
+  int64_t ld = 0;       // K rounded up to whole packs: length of a staged row of keys
+  int64_t columns = 0;  // value columns of a tile
+  int64_t tiles = 0;
+  int64_t chunk = 0;    // tokens staged together, a multiple of block
+  int64_t segment = 0;  // tokens between checkpoints, a multiple of chunk
+  int64_t window = 0;   // tokens that backward finishes between two barriers, a multiple of segment
+  int64_t together = 0; // sequences that backward works on between two barriers
+};
+
+// The part of a forward scan that one worker does at a time. Neighbouring heads lie side by side in memory, so they are
+// taken together, chunk by chunk of tokens.
+struct ForwardPart {
+  int64_t n;                     // sequence
+  int64_t head_begin, head_end;
+  int64_t tile_begin, tile_end;  // tiles of value columns
+  int64_t slot;                  // first checkpoint slot of this sequence
+  bool output;                   // false: only checkpoints are wanted
+};
+
+// Rows of one gradient for one head, from the first token of a window on: the caller's array itself, or a partial sum.
+struct GradientRows {
+  void* data;  // in the accumulation type; nullptr: not wanted
+  int64_t stride;
+};
+struct HeadGradients {
+  GradientRows dq, dk, dv, dbeta, dg;
+};
+
+// The part of a backward scan that one worker does at a time: a window of tokens of some heads and tiles.
+struct BackwardPart {
+  int64_t n;
+  int64_t head_begin, head_end;
+  int64_t tile_begin, tile_end;
+  int64_t slot;        // first checkpoint slot of this sequence
+  int64_t begin, end;  // tokens of the sequence, begin a multiple of the window
+  void* D;             // of this sequence, [H][tiles][ld][columns], kept from window to window
+  const HeadGradients* gradients;  // of this sequence and these tiles, next_head entries from head to head
+  int64_t next_head;
+};
+
+// The part of adding up partial gradients that one worker does at a time: tokens [begin, end) of one sequence. Every
+// head has `shares` partial rows. Where value columns meet (columns == 0) each is a share of the whole row; else each
+// has `columns` columns of its own.
+struct ReducePart {
+  int64_t n;
+  int64_t begin, end, origin;     // the partial rows start at token origin
+  const HeadGradients* gradients;  // of this sequence, [H][shares]
+  GradientRows HeadGradients::*field;
+  int64_t shares;
+  Rows to;
+  int64_t width, columns;
+};
+
+// Asked between blocks of tokens; true ends the call as soon as possible.
+struct Stop {
+  bool (*asked)(void* data);
+  void* data;
+};
+
+namespace {
+
+// Where a sequence lies in the arrays.
+struct Sequence {
+  int64_t b, begin, length;
+};
+inline Sequence sequence(const Problem& p, int64_t n) {
+  if (p.cu_seqlens) return {0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]};
+  return {n, 0, p.T};
+}
+
+// First checkpoint slot of sequence n; n = N gives the number of slots. Packed sequences need no prefix sum:
+// ceil(length / segment) summed over sequences never exceeds offset / segment + their number.
+inline int64_t first_slot(const Problem& p, const Geometry& g, int64_t n) {
+  if (p.cu_seqlens) return p.cu_seqlens[n] / g.segment + n;
+  return n * ((p.T + g.segment - 1) / g.segment);
+}
+
+}  // namespace
+}  // namespace fwp

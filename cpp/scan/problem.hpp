@@ -1,0 +1,59 @@
+// One validated call in plain numbers and pointers: what cpp/core hands to a back end.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fwp {
+
+enum class Rule : int { linear, delta };
+enum class Decay : int { none, scalar, channel };
+enum class DType : int { f32, f64 };
+
+// A tensor [B,T,heads,n], last axis contiguous, or [B,T,heads] (n = 1). Strides count elements. Head h of the
+// recurrence reads head h / group: grouped heads share a row. data == nullptr: absent.
+struct Rows {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t b = 0, t = 0, h = 0;
+  int64_t group = 1;
+};
+
+// A state [N,H,K,V] in the accumulation type, last axis contiguous.
+struct States {
+  void* data = nullptr;
+  int64_t n = 0, h = 0, k = 0;
+};
+
+// Asked for by the calling thread every few milliseconds; non-zero stops the call.
+struct Interrupt {
+  int (*poll)(void* data) = nullptr;
+  void* data = nullptr;
+};
+
+struct Problem {
+  Rule rule = Rule::linear;
+  Decay decay = Decay::none;
+  DType dtype = DType::f32;  // of accumulation, states, q, k, v
+  bool step = false;         // one token, block size 1
+  int64_t N = 0, T = 0, H = 0, K = 0, V = 0;
+  const int64_t* cu_seqlens = nullptr;  // N+1 offsets into the T axis of batch 0; nullptr: sequence n is batch n
+  double scale = 1;
+  int level = 0;  // instruction set level and threads, fixed when the call is validated
+  int threads = 1;
+  Interrupt interrupt;
+
+  Rows q, k, v, beta, g;
+  States h0;
+
+  Rows o;       // forward
+  States hT;    // may be h0 itself in a step
+  void* checkpoints = nullptr;  // written by forward, read by backward; nullptr: backward makes its own
+
+  Rows d_o;     // backward
+  States d_hT;
+  Rows dq, dk, dv, dbeta, dg;
+  States dh0;
+};
+
+}  // namespace fwp
