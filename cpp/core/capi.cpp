@@ -1,0 +1,191 @@
+// The C ABI: every scan is check, take scratch memory, run.
+#include <cstdlib>
+#include <memory>
+
+#include "../cpu/dispatch.hpp"
+#include "error.hpp"
+#include "validate.hpp"
+
+namespace fwp::core {
+namespace {
+
+using Kernel = bool (*)(const Problem&, void* workspace);
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+std::unique_ptr<void, Free> allocate_workspace(size_t bytes) {
+  if (bytes == 0) return nullptr;
+  const size_t rounded = (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+  std::unique_ptr<void, Free> memory(std::aligned_alloc(kWorkspaceAlignment, rounded));
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+void run(Call& call, Kernel kernel, size_t needed, void* workspace, size_t workspace_bytes, void* stream) {
+  if (stream != nullptr) fail(FWP_ARGUMENT_ERROR, "stream: expected NULL for CPU tensors, got a stream");
+  if (workspace != nullptr) call.add_workspace(workspace, workspace_bytes, needed);
+  call.check_memory();
+  const auto own = allocate_workspace(workspace == nullptr ? needed : 0);
+  if (!kernel(call.problem, workspace != nullptr ? workspace : own.get())) fail(FWP_INTERRUPTED, "interrupted");
+}
+
+int forward(Rule rule, const fwp_options* options, const fwp_inputs* inputs, const fwp_outputs* outputs,
+            void* workspace, size_t workspace_bytes, void* stream) noexcept {
+  return guarded([&] {
+    Call call(rule, false, options, inputs);
+    call.add_outputs(outputs);
+    run(call, cpu::forward, cpu::forward_workspace(call.problem), workspace, workspace_bytes, stream);
+  });
+}
+
+int backward(Rule rule, const fwp_options* options, const fwp_inputs* inputs, const fwp_cotangents* cotangents,
+             const fwp_gradients* gradients, void* workspace, size_t workspace_bytes, void* stream) noexcept {
+  return guarded([&] {
+    Call call(rule, false, options, inputs);
+    call.add_cotangents(cotangents);
+    call.add_gradients(gradients);
+    run(call, cpu::backward, cpu::backward_workspace(call.problem), workspace, workspace_bytes, stream);
+  });
+}
+
+int step(Rule rule, const fwp_options* options, const fwp_inputs* inputs, const DLTensor* state, const DLTensor* o,
+         void* workspace, size_t workspace_bytes, void* stream) noexcept {
+  return guarded([&] {
+    Call call(rule, true, options, inputs);
+    call.add_step_outputs(state, o);
+    run(call, cpu::forward, cpu::forward_workspace(call.problem), workspace, workspace_bytes, stream);
+  });
+}
+
+template <class Number>
+Number& result(const char* name, Number* pointer) {
+  if (pointer == nullptr) fail(FWP_ARGUMENT_ERROR, name, ": expected a place for the result, got NULL");
+  return *pointer;
+}
+
+int workspace(size_t (*query)(const Problem&), Rule rule, bool step, const fwp_options* options,
+              const fwp_inputs* inputs, size_t* bytes) noexcept {
+  return guarded([&] { result("bytes", bytes) = query(Call(rule, step, options, inputs).problem); });
+}
+
+}  // namespace
+}  // namespace fwp::core
+
+using fwp::Rule;
+namespace core = fwp::core;
+namespace cpu = fwp::cpu;
+
+extern "C" {
+
+int fwp_linear_fwd(const fwp_options* options, const fwp_inputs* inputs, const fwp_outputs* outputs, void* workspace,
+                   size_t workspace_bytes, void* stream) noexcept {
+  return core::forward(Rule::linear, options, inputs, outputs, workspace, workspace_bytes, stream);
+}
+
+int fwp_delta_fwd(const fwp_options* options, const fwp_inputs* inputs, const fwp_outputs* outputs, void* workspace,
+                  size_t workspace_bytes, void* stream) noexcept {
+  return core::forward(Rule::delta, options, inputs, outputs, workspace, workspace_bytes, stream);
+}
+
+int fwp_linear_bwd(const fwp_options* options, const fwp_inputs* inputs, const fwp_cotangents* cotangents,
+                   const fwp_gradients* gradients, void* workspace, size_t workspace_bytes, void* stream) noexcept {
+  return core::backward(Rule::linear, options, inputs, cotangents, gradients, workspace, workspace_bytes, stream);
+}
+
+int fwp_delta_bwd(const fwp_options* options, const fwp_inputs* inputs, const fwp_cotangents* cotangents,
+                  const fwp_gradients* gradients, void* workspace, size_t workspace_bytes, void* stream) noexcept {
+  return core::backward(Rule::delta, options, inputs, cotangents, gradients, workspace, workspace_bytes, stream);
+}
+
+int fwp_linear_step(const fwp_options* options, const fwp_inputs* inputs, const DLTensor* state, const DLTensor* o,
+                    void* workspace, size_t workspace_bytes, void* stream) noexcept {
+  return core::step(Rule::linear, options, inputs, state, o, workspace, workspace_bytes, stream);
+}
+
+int fwp_delta_step(const fwp_options* options, const fwp_inputs* inputs, const DLTensor* state, const DLTensor* o,
+                   void* workspace, size_t workspace_bytes, void* stream) noexcept {
+  return core::step(Rule::delta, options, inputs, state, o, workspace, workspace_bytes, stream);
+}
+
+int fwp_linear_fwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
+  return core::workspace(cpu::forward_workspace, Rule::linear, false, options, inputs, bytes);
+}
+
+int fwp_delta_fwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
+  return core::workspace(cpu::forward_workspace, Rule::delta, false, options, inputs, bytes);
+}
+
+int fwp_linear_bwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
+  return core::workspace(cpu::backward_workspace, Rule::linear, false, options, inputs, bytes);
+}
+
+int fwp_delta_bwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
+  return core::workspace(cpu::backward_workspace, Rule::delta, false, options, inputs, bytes);
+}
+
+int fwp_linear_step_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
+  return core::workspace(cpu::forward_workspace, Rule::linear, true, options, inputs, bytes);
+}
+
+int fwp_delta_step_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
+  return core::workspace(cpu::forward_workspace, Rule::delta, true, options, inputs, bytes);
+}
+
+int fwp_checkpoints(const fwp_options* options, const fwp_inputs* inputs, int64_t* elements) noexcept {
+  return core::guarded([&] {
+    // The linear rule, because it does without beta: the number does not depend on the rule.
+    const core::Call call(Rule::linear, false, options, inputs);
+    core::result("elements", elements) = cpu::checkpoint_elements(call.problem);
+  });
+}
+
+int fwp_abi_version(void) noexcept { return FWP_ABI_VERSION; }
+
+const char* fwp_version(void) noexcept { return FWP_VERSION; }
+
+const char* fwp_compiler(void) noexcept {
+#if defined(__clang__)
+  return "Clang " __clang_version__;
+#else
+  return "GCC " __VERSION__;
+#endif
+}
+
+int fwp_set_num_threads(int threads) noexcept {
+  return core::guarded([&] {
+    if (threads < 1) core::fail(FWP_ARGUMENT_ERROR, "threads: expected at least 1, got ", threads);
+    cpu::set_num_threads(threads);
+  });
+}
+
+int fwp_get_num_threads(void) noexcept { return cpu::get_num_threads(); }
+
+const char* const* fwp_available_isas(void) noexcept { return cpu::available_isas(); }
+
+const char* fwp_isa(void) noexcept {
+  core::guarded(core::check_isa);
+  return cpu::isa();
+}
+
+int fwp_use_isa(const char* name) noexcept {
+  return core::guarded([&] {
+    if (name == nullptr || !cpu::use_isa(name))
+      core::fail(FWP_ARGUMENT_ERROR, "name: expected one of ", core::known_isas(), ", got ",
+                 name != nullptr ? name : "NULL");
+  });
+}
+
+uint64_t fwp_isa_calls(const char* name) noexcept { return name != nullptr ? cpu::isa_calls(name) : 0; }
+
+int fwp_block_size(void) noexcept { return cpu::isa() != nullptr ? cpu::block_size() : 0; }
+
+double fwp_fma_peak(int bits, double seconds) noexcept {
+  if (cpu::isa() == nullptr || (bits != 32 && bits != 64)) return 0;
+  return cpu::fma_peak(bits == 64 ? fwp::DType::f64 : fwp::DType::f32, seconds);
+}
+
+const char* fwp_cuda_state(void) noexcept { return "not built"; }
+
+}  // extern "C"

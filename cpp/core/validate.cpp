@@ -1,0 +1,271 @@
+#include "validate.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+
+#include "../cpu/dispatch.hpp"
+#include "error.hpp"
+
+namespace fwp::core {
+namespace {
+
+// A struct of the caller's version: fields that its struct_size does not cover keep their defaults, fields that this
+// library does not know must be zero.
+template <class Struct>
+Struct read_struct(const char* name, const Struct* from, Struct defaults) {
+  constexpr size_t kMaxSize = 4096;
+  if (from == nullptr) fail(FWP_ARGUMENT_ERROR, name, ": expected a struct, got NULL");
+  const size_t size = from->struct_size;
+  if (size < sizeof(size_t) || size > kMaxSize)
+    fail(FWP_ARGUMENT_ERROR, name, ": expected struct_size to be sizeof the struct, got ", size);
+  const size_t known = std::min(size, sizeof(Struct)) / sizeof(size_t) * sizeof(size_t);
+  std::memcpy(&defaults, from, known);
+  const char* const bytes = reinterpret_cast<const char*>(from);
+  if (std::any_of(bytes + known, bytes + std::max(size, known), [](char byte) { return byte != 0; }))
+    fail(FWP_UNSUPPORTED_ERROR, name, ": expected no fields beyond those of version ", FWP_ABI_VERSION,
+         " of the interface, got some that are set");
+  return defaults;
+}
+
+void check_divides(const char* name, int64_t heads, int64_t all) {
+  if (heads == all || (heads > 0 && all % heads == 0)) return;
+  fail(FWP_SHAPE_ERROR, name, ": expected a number of heads that divides H=", all, ", got ", heads);
+}
+
+void check_absent(const char* name, const void* given, const char* reason) {
+  if (given != nullptr) fail(FWP_ARGUMENT_ERROR, name, ": expected NULL ", reason, ", got a tensor");
+}
+
+}  // namespace
+
+std::string known_isas() {
+  std::string names;
+  for (const char* const* isa = cpu::available_isas(); *isa != nullptr; ++isa)
+    names += (names.empty() ? "" : ", ") + std::string(*isa);
+  return names;
+}
+
+void check_isa() {
+  if (cpu::isa() != nullptr) return;
+  const char* const wanted = std::getenv("FWP_ISA");
+  fail(FWP_ARGUMENT_ERROR, "FWP_ISA: expected one of ", known_isas(), ", got ", wanted != nullptr ? wanted : "nothing");
+}
+
+Call::Call(Rule rule, bool step, const fwp_options* options, const fwp_inputs* inputs) {
+  const fwp_options settings = read_struct<fwp_options>("options", options, FWP_OPTIONS_INIT);
+  const fwp_inputs in = read_struct<fwp_inputs>("inputs", inputs, FWP_INPUTS_INIT);
+  check_isa();
+
+  Problem& p = problem;
+  p.rule = rule;
+  p.step = step;
+  p.scale = settings.scale;
+  p.level = cpu::level();
+  p.threads = cpu::get_num_threads();
+  if (!step) p.interrupt = {settings.interrupt, settings.interrupt_data};
+
+  p.T = step ? 1 : -1;
+  const Tensor q = read("q", in.q, DType::f32, DType::f64, {axes({"Hq"}, {"K"})}, Access::read);
+  p.dtype = q.dtype;
+  batch_ = q.shape[0];
+  if (!step) p.T = q.shape[1];
+  p.K = q.shape[q.rank - 1];
+  const Tensor k = read("k", in.k, p.dtype, axes({"Hk"}, {"K", p.K}), Access::read);
+  const Tensor v = read("v", in.v, p.dtype, axes({"Hv"}, {"V"}), Access::read);
+  p.V = v.shape[v.rank - 1];
+
+  q_heads_ = q.shape[q.rank - 2];
+  k_heads_ = k.shape[k.rank - 2];
+  v_heads_ = v.shape[v.rank - 2];
+  p.H = std::max({q_heads_, k_heads_, v_heads_});
+  check_divides("q", q_heads_, p.H);
+  check_divides("k", k_heads_, p.H);
+  check_divides("v", v_heads_, p.H);
+  p.q = rows(q);
+  p.k = rows(k);
+  p.v = rows(v);
+
+  const Axes scalar = axes({"H", p.H}), channel = axes({"H", p.H}, {"K", p.K});
+  if (in.beta != nullptr || rule == Rule::delta)
+    p.beta = rows(read("beta", in.beta, p.dtype, DType::f32, {scalar}, Access::read));
+  if (in.g != nullptr) {
+    p.g = rows(read("g", in.g, p.dtype, DType::f32, {scalar, channel}, Access::read));
+    p.decay = in.g->ndim == scalar.rank ? Decay::scalar : Decay::channel;
+  }
+  p.N = batch_;
+  if (step) {
+    check_absent("h0", in.h0, "in a step, whose state is an argument of its own");
+    check_absent("cu_seqlens", in.cu_seqlens, "in a step");
+  } else {
+    if (in.cu_seqlens != nullptr) read_sequences(in.cu_seqlens);
+    if (in.h0 != nullptr) p.h0 = read_states("h0", in.h0, Access::read);
+  }
+  check_sizes();
+}
+
+void Call::add_outputs(const fwp_outputs* outputs) {
+  const fwp_outputs out = read_struct<fwp_outputs>("outputs", outputs, FWP_OUTPUTS_INIT);
+  problem.o = rows(read("o", out.o, problem.dtype, axes({"H", problem.H}, {"V", problem.V}), Access::write));
+  if (out.hT != nullptr) problem.hT = read_states("hT", out.hT, Access::write);
+  if (out.checkpoints != nullptr) problem.checkpoints = read_checkpoints(out.checkpoints, Access::write);
+}
+
+void Call::add_step_outputs(const DLTensor* state, const DLTensor* o) {
+  problem.o = rows(read("o", o, problem.dtype, axes({"H", problem.H}, {"V", problem.V}), Access::write));
+  problem.hT = read_states("state", state, Access::write);
+  problem.h0 = problem.hT;
+}
+
+void Call::add_cotangents(const fwp_cotangents* cotangents) {
+  const fwp_cotangents in = read_struct<fwp_cotangents>("cotangents", cotangents, FWP_COTANGENTS_INIT);
+  problem.d_o = rows(read("d_o", in.d_o, problem.dtype, axes({"H", problem.H}, {"V", problem.V}), Access::read));
+  if (in.d_hT != nullptr) problem.d_hT = read_states("d_hT", in.d_hT, Access::read);
+  if (in.checkpoints != nullptr) problem.checkpoints = read_checkpoints(in.checkpoints, Access::read);
+}
+
+void Call::add_gradients(const fwp_gradients* gradients) {
+  const fwp_gradients out = read_struct<fwp_gradients>("gradients", gradients, FWP_GRADIENTS_INIT);
+  Problem& p = problem;
+  if (p.beta.data == nullptr) check_absent("dbeta", out.dbeta, "because beta is absent");
+  if (p.g.data == nullptr) check_absent("dg", out.dg, "because g is absent");
+  if (p.h0.data == nullptr) check_absent("dh0", out.dh0, "because h0 is absent");
+
+  const Axes scalar = axes({"H", p.H}), channel = axes({"H", p.H}, {"K", p.K});
+  const auto write = [this](const char* name, const DLTensor* tensor, DType dtype, const Axes& axes) {
+    return tensor != nullptr ? rows(read(name, tensor, dtype, axes, Access::write)) : Rows{};
+  };
+  p.dq = write("dq", out.dq, p.dtype, axes({"Hq", q_heads_}, {"K", p.K}));
+  p.dk = write("dk", out.dk, p.dtype, axes({"Hk", k_heads_}, {"K", p.K}));
+  p.dv = write("dv", out.dv, p.dtype, axes({"Hv", v_heads_}, {"V", p.V}));
+  p.dbeta = write("dbeta", out.dbeta, p.beta.dtype, scalar);
+  p.dg = write("dg", out.dg, p.g.dtype, p.decay == Decay::channel ? channel : scalar);
+  if (out.dh0 != nullptr) p.dh0 = read_states("dh0", out.dh0, Access::write);
+}
+
+void Call::add_workspace(void* workspace, size_t bytes, size_t needed) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(workspace);
+  if (address % kWorkspaceAlignment != 0)
+    fail(FWP_ARGUMENT_ERROR, "workspace: expected memory aligned to ", kWorkspaceAlignment, " bytes, got an address ",
+         address % kWorkspaceAlignment, " bytes past a multiple");
+  if (bytes < needed)
+    fail(FWP_ARGUMENT_ERROR, "workspace: expected at least ", needed, " bytes, got ", bytes);
+  Region region;
+  region.name = "workspace";
+  region.first = address;
+  region.end = address + needed;
+  region.item = static_cast<int64_t>(needed);
+  add_region(region, Access::write);
+}
+
+void Call::check_memory() const {
+  for (size_t i = 0; i < region_count_; ++i) {
+    const Region& out = regions_[i];
+    if (access_[i] != Access::write) continue;
+    if (overlaps_itself(out))
+      fail(FWP_ARGUMENT_ERROR, out.name, ": expected an output without overlap, but its own elements share memory");
+    for (size_t j = 0; j < region_count_; ++j)
+      if (j != i && overlap(out, regions_[j]))
+        fail(FWP_ARGUMENT_ERROR, out.name, ": expected an output without overlap, but it shares memory with ",
+             regions_[j].name);
+  }
+  if (strided_ != nullptr)
+    fail(FWP_UNSUPPORTED_ERROR, strided_, ": expected a contiguous last axis, got a strided one");
+}
+
+Tensor Call::read(const char* name, const DLTensor* tensor, DType one, DType other,
+                  std::initializer_list<Axes> shapes, Access access) {
+  const Tensor x = read_tensor(name, tensor, one, other, shapes);
+  add_region(x.region, access);
+  return x;
+}
+
+Tensor Call::read(const char* name, const DLTensor* tensor, DType dtype, const Axes& axes, Access access) {
+  return read(name, tensor, dtype, dtype, {axes}, access);
+}
+
+States Call::read_states(const char* name, const DLTensor* tensor, Access access) {
+  const Problem& p = problem;
+  const Axes axes{{p.step ? "B" : "N", p.N}, {"H", p.H}, {"K", p.K}, {"V", p.V}};
+  const Tensor x = read(name, tensor, p.dtype, axes, access);
+  need_contiguous_last_axis(x);
+  return {x.data, x.stride[0], x.stride[1], x.stride[2]};
+}
+
+void* Call::read_checkpoints(const DLTensor* tensor, Access access) {
+  const Axes axes{{"elements", cpu::checkpoint_elements(problem)}};
+  const Tensor x = read("checkpoints", tensor, problem.dtype, axes, access);
+  need_contiguous_last_axis(x);
+  return x.data;
+}
+
+void Call::read_sequences(const DLTensor* cu_seqlens) {
+  const char* const name = "cu_seqlens";
+  bool wide = false;
+  const Tensor x = read_offsets(name, cu_seqlens, &wide);
+  add_region(x.region, Access::read);
+  if (x.shape[0] == 0) fail(FWP_SHAPE_ERROR, name, ": expected at least one offset, got none");
+  if (batch_ != 1) fail(FWP_ARGUMENT_ERROR, name, ": expected B=1 for packed sequences, got B=", batch_);
+
+  // Copied first and checked then, so that nobody can change a value between check and use.
+  offsets_.resize(static_cast<size_t>(x.shape[0]));
+  for (size_t n = 0; n < offsets_.size(); ++n) {
+    const int64_t at = static_cast<int64_t>(n) * x.stride[0];
+    offsets_[n] = wide ? reinterpret_cast<const int64_t*>(x.data)[at] : reinterpret_cast<const int32_t*>(x.data)[at];
+  }
+  if (offsets_.front() != 0) fail(FWP_ARGUMENT_ERROR, name, ": expected it to start with 0, got ", offsets_.front());
+  const auto fall = std::adjacent_find(offsets_.begin(), offsets_.end(), std::greater<>());
+  if (fall != offsets_.end())
+    fail(FWP_ARGUMENT_ERROR, name, ": expected offsets that never fall, got ", fall[0], " before ", fall[1]);
+  if (offsets_.back() != problem.T)
+    fail(FWP_ARGUMENT_ERROR, name, ": expected it to end with T=", problem.T, ", got ", offsets_.back());
+  problem.N = x.shape[0] - 1;
+  problem.cu_seqlens = offsets_.data();
+}
+
+// Every size that a kernel may compute is bounded here, also where stride 0 makes a huge array of a few bytes.
+void Call::check_sizes() const {
+  const Problem& p = problem;
+  const int64_t work[] = {batch_, p.T, p.H, p.K, p.V};
+  const int64_t states[] = {p.N, p.H, p.K, p.V};
+  check_count("q, k, v", work, 5);
+  check_count("q, k, v", states, 4);
+}
+
+Axes Call::axes(Axis heads) const {
+  if (problem.step) return {{"B", batch_}, heads};
+  return {{"B", batch_}, {"T", problem.T}, heads};
+}
+
+Axes Call::axes(Axis heads, Axis size) const {
+  Axes all = axes(heads);
+  all.axis[all.rank++] = size;
+  return all;
+}
+
+Rows Call::rows(const Tensor& x) {
+  const int head = problem.step ? 1 : 2;
+  if (x.rank == head + 2) need_contiguous_last_axis(x);
+  Rows rows;
+  rows.data = x.data;
+  rows.dtype = x.dtype;
+  rows.b = x.stride[0];
+  rows.t = problem.step ? 0 : x.stride[1];
+  rows.h = x.stride[head];
+  rows.group = x.shape[head] > 0 ? problem.H / x.shape[head] : 1;
+  return rows;
+}
+
+void Call::add_region(const Region& region, Access access) {
+  if (region.item == 0) return;
+  regions_[region_count_] = region;
+  access_[region_count_++] = access;
+}
+
+void Call::need_contiguous_last_axis(const Tensor& x) {
+  if (strided_ == nullptr && !x.last_axis_contiguous()) strided_ = x.name;
+}
+
+}  // namespace fwp::core

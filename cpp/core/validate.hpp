@@ -1,0 +1,70 @@
+// From the structs of the C ABI to a fwp::Problem. Everything is checked here, before anything is computed.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "../scan/problem.hpp"
+#include "fwp/fwp.h"
+#include "tensor.hpp"
+
+namespace fwp::core {
+
+constexpr size_t kWorkspaceAlignment = 64;
+
+// The problem of one C call, filled in steps: the constructor takes the inputs, then come the tensors of the direction
+// called, then check_memory. A shape, dtype or value that is wrong throws Error where it is met.
+class Call {
+ public:
+  Call(Rule rule, bool step, const fwp_options* options, const fwp_inputs* inputs);
+  Call(const Call&) = delete;  // problem points into offsets_
+  Call& operator=(const Call&) = delete;
+
+  void add_outputs(const fwp_outputs* outputs);
+  void add_step_outputs(const DLTensor* state, const DLTensor* o);
+  void add_cotangents(const fwp_cotangents* cotangents);
+  void add_gradients(const fwp_gradients* gradients);
+  void add_workspace(void* workspace, size_t bytes, size_t needed);
+
+  // No output overlaps anything; then, last of all, every last axis is contiguous. A caller that can copy may thus
+  // take FWP_UNSUPPORTED_ERROR to mean that copies with a contiguous last axis would be accepted.
+  void check_memory() const;
+
+  Problem problem;
+
+ private:
+  enum class Access { read, write };
+  static constexpr size_t kMaxRegions = 20;
+
+  Tensor read(const char* name, const DLTensor* tensor, DType one, DType other, std::initializer_list<Axes> shapes,
+              Access access);
+  Tensor read(const char* name, const DLTensor* tensor, DType dtype, const Axes& axes, Access access);
+  States read_states(const char* name, const DLTensor* tensor, Access access);
+  void* read_checkpoints(const DLTensor* tensor, Access access);
+  void read_sequences(const DLTensor* cu_seqlens);
+  void check_sizes() const;
+
+  Axes axes(Axis heads) const;             // [B,T,heads], a step leaves T out
+  Axes axes(Axis heads, Axis size) const;  // [B,T,heads,size]
+  Rows rows(const Tensor& x);
+  void add_region(const Region& region, Access access);
+  void need_contiguous_last_axis(const Tensor& x);
+
+  int64_t batch_ = -1;
+  int64_t q_heads_ = 0, k_heads_ = 0, v_heads_ = 0;
+  std::vector<int64_t> offsets_;
+  std::array<Region, kMaxRegions> regions_;
+  std::array<Access, kMaxRegions> access_;
+  size_t region_count_ = 0;
+  const char* strided_ = nullptr;  // first argument whose last axis is not contiguous
+};
+
+// Fails if FWP_ISA names no level that this machine has.
+void check_isa();
+std::string known_isas();
+
+}  // namespace fwp::core
