@@ -1,0 +1,217 @@
+// The scans. Each function reads its arrays, makes the results, and calls fwp.h without the GIL.
+#include <pybind11/gil_safe_call_once.h>
+
+#include <algorithm>
+#include <array>
+#include <initializer_list>
+#include <iterator>
+#include <string>
+
+#include "bind.hpp"
+#include "errors.hpp"
+#include "fwp/fwp.h"
+#include "numpy.hpp"
+
+namespace py = pybind11;
+
+namespace fwp::python {
+namespace {
+
+struct Rule {
+  bool needs_beta;
+  decltype(&fwp_delta_fwd) fwd;
+  decltype(&fwp_delta_bwd) bwd;
+  decltype(&fwp_delta_step) step;
+  decltype(&fwp_delta_step_workspace) step_workspace;
+};
+
+constexpr Rule kLinear{false, fwp_linear_fwd, fwp_linear_bwd, fwp_linear_step, fwp_linear_step_workspace};
+constexpr Rule kDelta{true, fwp_delta_fwd, fwp_delta_bwd, fwp_delta_step, fwp_delta_step_workspace};
+
+// The arrays that every call reads.
+struct Inputs {
+  Array q, k, v, beta, g, h0, cu_seqlens;
+
+  Inputs(const Rule& rule, py::handle q_, py::handle k_, py::handle v_, py::handle beta_, py::handle g_) {
+    q.read("q", q_);
+    k.read("k", k_);
+    v.read("v", v_);
+    rule.needs_beta ? beta.read("beta", beta_) : beta.read_optional("beta", beta_);
+    g.read_optional("g", g_);
+  }
+
+  fwp_inputs tensors() const {
+    return {sizeof(fwp_inputs), q.tensor(),  k.tensor(),         v.tensor(), beta.tensor(),
+            g.tensor(),         h0.tensor(), cu_seqlens.tensor()};
+  }
+
+  // The sizes of results, once the inputs have been checked.
+  int64_t heads() const {
+    const int axis = v.rank() - 2;
+    return std::max({q.size(axis), k.size(axis), v.size(axis)});
+  }
+  int64_t sequences() const { return cu_seqlens.present() ? cu_seqlens.size(0) - 1 : v.size(0); }
+
+  std::array<Array*, 7> arrays() { return {&q, &k, &v, &beta, &g, &h0, &cu_seqlens}; }
+};
+
+double number(const char* name, py::handle object) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1 && PyErr_Occurred() != nullptr) {
+    clear_type_error();
+    raise(FWP_DTYPE_ERROR, std::string(name) + ": expected a number, got " + Py_TYPE(object.ptr())->tp_name);
+  }
+  return value;
+}
+
+// Lets Python's signal handlers run; true (-1) if one raised.
+int poll_signals(void*) {
+  const PyGILState_STATE gil = PyGILState_Ensure();
+  const int raised = PyErr_CheckSignals();
+  PyGILState_Release(gil);
+  return raised;
+}
+
+// Signal handlers run on the main thread only.
+bool on_main_thread() {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> main_thread;
+  main_thread.call_once_and_store_result([] { return py::module_::import("threading").attr("main_thread"); });
+  return main_thread.get_stored()().attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+}
+
+fwp_options scan_options(py::handle scale) {
+  return {sizeof(fwp_options), number("scale", scale), on_main_thread() ? poll_signals : nullptr, nullptr};
+}
+
+// Checks the inputs of a scan, before any result is made; returns the number of elements of its checkpoints.
+int64_t check_inputs(const Inputs& in, const fwp_options& options) {
+  const fwp_inputs inputs = in.tensors();
+  int64_t checkpoints = 0;
+  check(fwp_checkpoints(&options, &inputs, &checkpoints));
+  return checkpoints;
+}
+
+// Calls fwp.h. Where all is right but for a strided last axis, calls again with copies of such arrays: the first call
+// has then checked the caller's own memory, overlaps included.
+template <class Call>
+void run(const Call& call, Inputs& inputs, std::initializer_list<Array*> others) {
+  const auto without_gil = [&call] {
+    const py::gil_scoped_release nogil;
+    return call();
+  };
+  int status = without_gil();
+  if (status == FWP_UNSUPPORTED_ERROR) {
+    bool copied = false;
+    for (Array* array : inputs.arrays()) copied |= array->make_contiguous();
+    for (Array* array : others) copied |= array->make_contiguous();
+    if (copied) status = without_gil();
+  }
+  check(status);
+  for (Array* array : others) array->copy_back();
+}
+
+// Returns (o, final_state, checkpoints), the last None unless asked for.
+template <const Rule& rule>
+py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g,
+                  py::handle scale, py::handle initial_state, py::handle cu_seqlens, py::handle out,
+                  py::handle final_state_out, bool with_checkpoints) {
+  Inputs in(rule, q, k, v, beta, g);
+  in.h0.read_optional("initial_state", initial_state);
+  in.cu_seqlens.read_offsets("cu_seqlens", cu_seqlens);
+  const fwp_options options = scan_options(scale);
+
+  const int64_t elements = check_inputs(in, options);
+
+  const DLDataType dtype = in.v.dtype();
+  Array o, final_state, checkpoints;
+  o.write_optional("out", out);
+  final_state.write_optional("final_state_out", final_state_out);
+  if (!o.present()) o.make({in.v.size(0), in.v.size(1), in.heads(), in.v.size(3)}, dtype);
+  if (!final_state.present()) final_state.make({in.sequences(), in.heads(), in.q.size(3), in.v.size(3)}, dtype);
+  if (with_checkpoints) checkpoints.make({elements}, dtype);
+  const auto call = [&] {
+    const fwp_inputs inputs = in.tensors();
+    const fwp_outputs outputs{sizeof outputs, o.tensor(), final_state.tensor(), checkpoints.tensor()};
+    return rule.fwd(&options, &inputs, &outputs, nullptr, 0, nullptr);
+  };
+  run(call, in, {&o, &final_state});
+  return py::make_tuple(o.object(), final_state.object(), checkpoints.object());
+}
+
+constexpr const char* kGradients[] = {"out.dq", "out.dk", "out.dv", "out.dbeta", "out.dg", "out.dinitial_state"};
+
+// The i-th array of a Gradients tuple, None of None.
+py::object item(py::handle gradients, size_t i) {
+  if (gradients.is_none()) return py::none();
+  if (!py::isinstance<py::tuple>(gradients) || py::len(gradients) != std::size(kGradients))
+    raise(FWP_DTYPE_ERROR, std::string("out: expected fwp_core.Gradients, got ") + Py_TYPE(gradients.ptr())->tp_name);
+  return gradients[py::int_(i)];
+}
+
+// Takes and returns the six gradients in this order; None where the input is absent.
+template <const Rule& rule>
+py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py::handle beta,
+                   py::handle g, py::handle dfinal_state, py::handle out, py::handle scale, py::handle initial_state,
+                   py::handle cu_seqlens, py::handle checkpoints) {
+  Inputs in(rule, q, k, v, beta, g);
+  in.h0.read_optional("initial_state", initial_state);
+  in.cu_seqlens.read_offsets("cu_seqlens", cu_seqlens);
+  const fwp_options options = scan_options(scale);
+  check_inputs(in, options);
+
+  Array cotangent, final_cotangent, kept;
+  cotangent.read("do", d_o);
+  final_cotangent.read_optional("dfinal_state", dfinal_state);
+  kept.read_optional("checkpoints", checkpoints);
+  const Array* const of[] = {&in.q, &in.k, &in.v, &in.beta, &in.g, &in.h0};
+  Array d[std::size(kGradients)];
+  for (size_t i = 0; i < std::size(kGradients); ++i) {
+    d[i].write_optional(kGradients[i], item(out, i));
+    if (d[i].present() && !of[i]->present())
+      raise(FWP_ARGUMENT_ERROR, std::string(kGradients[i]) + ": expected None, as its input is, got an array");
+    if (of[i]->present() && !d[i].present()) d[i].make(of[i]->rank(), of[i]->shape(), of[i]->dtype());
+  }
+  const auto call = [&] {
+    const fwp_inputs inputs = in.tensors();
+    const fwp_cotangents cotangents{sizeof cotangents, cotangent.tensor(), final_cotangent.tensor(), kept.tensor()};
+    const fwp_gradients gradients{sizeof gradients, d[0].tensor(), d[1].tensor(), d[2].tensor(),
+                                  d[3].tensor(),    d[4].tensor(), d[5].tensor()};
+    return rule.bwd(&options, &inputs, &cotangents, &gradients, nullptr, 0, nullptr);
+  };
+  run(call, in, {&cotangent, &final_cotangent, &d[0], &d[1], &d[2], &d[3], &d[4], &d[5]});
+  return py::make_tuple(d[0].object(), d[1].object(), d[2].object(), d[3].object(), d[4].object(), d[5].object());
+}
+
+template <const Rule& rule>
+py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g,
+                py::handle state, py::handle scale, py::handle out) {
+  Inputs in(rule, q, k, v, beta, g);
+  const fwp_options options{sizeof options, number("scale", scale), nullptr, nullptr};
+  const fwp_inputs checked = in.tensors();
+  size_t bytes = 0;
+  check(rule.step_workspace(&options, &checked, &bytes));
+
+  Array S, o;
+  S.write("state", state);
+  o.write_optional("out", out);
+  if (!o.present()) o.make({in.v.size(0), in.heads(), in.v.size(2)}, in.v.dtype());
+  const auto call = [&] {
+    const fwp_inputs inputs = in.tensors();
+    return rule.step(&options, &inputs, S.tensor(), o.tensor(), nullptr, 0, nullptr);
+  };
+  run(call, in, {&S, &o});
+  return o.object();
+}
+
+}  // namespace
+
+void bind_scan(py::module_& m) {
+  m.def("linear_attention", &forward<kLinear>);
+  m.def("linear_attention_backward", &backward<kLinear>);
+  m.def("linear_attention_step", &step<kLinear>);
+  m.def("delta_rule", &forward<kDelta>);
+  m.def("delta_rule_backward", &backward<kDelta>);
+  m.def("delta_rule_step", &step<kDelta>);
+}
+
+}  // namespace fwp::python

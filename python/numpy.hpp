@@ -1,0 +1,61 @@
+// NumPy arrays as DLTensors, read through the array struct: a few dozen nanoseconds each.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <vector>
+
+#include "fwp/fwp.h"
+
+namespace fwp::python {
+
+// One array argument or result of a call. It keeps the array alive; the DLTensor points into it.
+class Array {
+ public:
+  Array() = default;
+  Array(const Array&) = delete;  // tensor_ points into this object
+  Array& operator=(const Array&) = delete;
+
+  // Exactly a numpy.ndarray of native float32 or float64; a subclass, as a masked array, may mean more than its data.
+  void read(const char* name, pybind11::handle object);
+  void write(const char* name, pybind11::handle object);  // read-only memory is refused
+  // None: absent.
+  void read_optional(const char* name, pybind11::handle object);
+  void write_optional(const char* name, pybind11::handle object);
+  // Offsets: an integer array, or any sequence of integers; None: absent.
+  void read_offsets(const char* name, pybind11::handle object);
+
+  // New memory in C order.
+  void make(int rank, const int64_t* shape, DLDataType dtype);
+  void make(std::initializer_list<int64_t> shape, DLDataType dtype);
+
+  bool present() const { return object_.ptr() != nullptr; }
+  const DLTensor* tensor() const { return present() ? &tensor_ : nullptr; }
+  int rank() const { return present() ? tensor_.ndim : 0; }
+  int64_t size(int axis) const { return shape_[axis]; }
+  const int64_t* shape() const { return shape_; }
+  DLDataType dtype() const { return tensor_.dtype; }
+  pybind11::object object() const;  // None if absent
+
+  // Replaces an array whose last axis is strided by a copy; copy_back writes that copy into a write() array.
+  bool make_contiguous();
+  void copy_back();
+
+ private:
+  static constexpr int kMaxRank = 64;  // NumPy's own limit
+
+  void view(const char* name, DLDataType dtype);
+
+  pybind11::object object_;
+  pybind11::object original_;  // what object_ was before make_contiguous
+  bool writable_ = false;
+  std::vector<int64_t> offsets_;
+  DLTensor tensor_;
+  int64_t shape_[kMaxRank];
+  int64_t strides_[kMaxRank];
+};
+
+}  // namespace fwp::python

@@ -1,0 +1,81 @@
+"""Fast weight programmers: linear attention and the delta rule, with hand-written gradients.
+
+A small matrix per head, the fast weight, is written and read at every time step:
+
+>>> import numpy as np
+>>> import fwp_core as fwp
+>>> rng = np.random.default_rng(0)
+>>> q, k, v = rng.standard_normal((3, 1, 16, 2, 8)) / 8**0.5  # [B,T,H,K]
+>>> beta = np.full((1, 16, 2), 0.5)
+>>> (o, final_state), pullback = fwp.vjp(fwp.delta_rule, q, k, v, beta)
+>>> o.shape, final_state.shape
+((1, 16, 2, 8), (1, 2, 8, 8))
+>>> pullback(np.ones_like(o)).dk.shape
+(1, 16, 2, 8)
+"""
+
+from . import reference
+from ._core import (
+    ArgumentError,
+    CudaError,
+    DeviceError,
+    DTypeError,
+    FwpError,
+    ReadOnlyError,
+    ShapeError,
+    UnsupportedError,
+    __version__,
+)
+from .config import (
+    available_isas,
+    get_cmake_dir,
+    get_include,
+    get_num_threads,
+    has_cuda,
+    isa,
+    set_num_threads,
+    show_config,
+    threads,
+    use_isa,
+)
+from .ops import (
+    Gradients,
+    delta_rule,
+    delta_rule_backward,
+    delta_rule_step,
+    linear_attention,
+    linear_attention_backward,
+    linear_attention_step,
+    vjp,
+)
+
+__all__ = [
+    "ArgumentError",
+    "CudaError",
+    "DTypeError",
+    "DeviceError",
+    "FwpError",
+    "Gradients",
+    "ReadOnlyError",
+    "ShapeError",
+    "UnsupportedError",
+    "__version__",
+    "available_isas",
+    "delta_rule",
+    "delta_rule_backward",
+    "delta_rule_step",
+    "get_cmake_dir",
+    "get_include",
+    "get_num_threads",
+    "has_cuda",
+    "isa",
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_step",
+    "reference",
+    "set_num_threads",
+    "show_config",
+    "threads",
+    "use_isa",
+    "vjp",
+]

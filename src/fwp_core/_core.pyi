@@ -1,0 +1,108 @@
+from typing import Any, Final
+
+from numpy.typing import NDArray
+
+_Array = NDArray[Any]
+
+__version__: Final[str]
+ERRORS: Final[tuple[tuple[int, str, str, str], ...]]
+
+class FwpError(Exception): ...
+class ShapeError(FwpError, ValueError): ...
+class DTypeError(FwpError, TypeError): ...
+class DeviceError(FwpError, BufferError): ...
+class UnsupportedError(FwpError, NotImplementedError): ...
+class ArgumentError(FwpError, ValueError): ...
+class ReadOnlyError(FwpError, BufferError): ...
+class CudaError(FwpError, RuntimeError): ...
+
+def compiler() -> str: ...
+def set_num_threads(threads: int, /) -> None: ...
+def get_num_threads() -> int: ...
+def available_isas() -> list[str]: ...
+def isa() -> str: ...
+def use_isa(name: str, /) -> None: ...
+def isa_calls(name: str, /) -> int: ...
+def block_size() -> int: ...
+def fma_peak(dtype: str, seconds: float, /) -> float: ...
+def cuda_state() -> str: ...
+def linear_attention(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    beta: _Array | None,
+    g: _Array | None,
+    scale: float,
+    initial_state: _Array | None,
+    cu_seqlens: Any,
+    out: _Array | None,
+    final_state_out: _Array | None,
+    with_checkpoints: bool,
+    /,
+) -> tuple[_Array, _Array, _Array | None]: ...
+def linear_attention_backward(
+    do: _Array,
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    beta: _Array | None,
+    g: _Array | None,
+    dfinal_state: _Array | None,
+    out: tuple[_Array | None, ...] | None,
+    scale: float,
+    initial_state: _Array | None,
+    cu_seqlens: Any,
+    checkpoints: _Array | None,
+    /,
+) -> tuple[_Array, _Array, _Array, _Array | None, _Array | None, _Array | None]: ...
+def linear_attention_step(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    beta: _Array | None,
+    g: _Array | None,
+    state: _Array,
+    scale: float,
+    out: _Array | None,
+    /,
+) -> _Array: ...
+def delta_rule(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    beta: _Array | None,
+    g: _Array | None,
+    scale: float,
+    initial_state: _Array | None,
+    cu_seqlens: Any,
+    out: _Array | None,
+    final_state_out: _Array | None,
+    with_checkpoints: bool,
+    /,
+) -> tuple[_Array, _Array, _Array | None]: ...
+def delta_rule_backward(
+    do: _Array,
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    beta: _Array | None,
+    g: _Array | None,
+    dfinal_state: _Array | None,
+    out: tuple[_Array | None, ...] | None,
+    scale: float,
+    initial_state: _Array | None,
+    cu_seqlens: Any,
+    checkpoints: _Array | None,
+    /,
+) -> tuple[_Array, _Array, _Array, _Array | None, _Array | None, _Array | None]: ...
+def delta_rule_step(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    beta: _Array | None,
+    g: _Array | None,
+    state: _Array,
+    scale: float,
+    out: _Array | None,
+    /,
+) -> _Array: ...

@@ -1,0 +1,129 @@
+"""Threads, instruction sets, and what this build of the library is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from . import _core
+from ._core import ArgumentError
+
+
+def set_num_threads(n: int) -> None:
+    """Set the number of threads that each call uses, at least 1 (else ArgumentError).
+
+    The first value comes from ``FWP_NUM_THREADS``, then ``OMP_NUM_THREADS``, then the processors this process
+    may use. Results do not depend on it, bit for bit.
+    """
+    _core.set_num_threads(n)
+
+
+def get_num_threads() -> int:
+    """Return the number of threads that each call uses."""
+    return _core.get_num_threads()
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Use ``n`` threads inside a ``with`` block. The setting is the process's, not the Python thread's.
+
+    >>> with threads(1):
+    ...     get_num_threads()
+    1
+    """
+    before = get_num_threads()
+    set_num_threads(n)
+    try:
+        yield
+    finally:
+        set_num_threads(before)
+
+
+def isa() -> str:
+    """Return the instruction set level in use: ``"base"``, ``"v3"`` (AVX2), ``"v4"`` (AVX-512) or ``"neon"``.
+
+    The first choice is the best level of this machine, or ``FWP_ISA``; if that names no level, ArgumentError.
+    """
+    return _core.isa()
+
+
+def available_isas() -> tuple[str, ...]:
+    """Return the instruction set levels of this build that this machine has, best last."""
+    return tuple(_core.available_isas())
+
+
+class use_isa:
+    """Switch the process to an instruction set level, at once; as a context manager, restore it at the end.
+
+    Results are bitwise repeatable within a level and agree to rounding between levels. An unknown or absent
+    level is an ArgumentError, a ValueError.
+
+    >>> with use_isa("base"):
+    ...     isa()
+    'base'
+    """
+
+    def __init__(self, name: str) -> None:
+        self._before = _core.isa()
+        _core.use_isa(name)
+
+    def __enter__(self) -> use_isa:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _core.use_isa(self._before)
+
+
+def has_cuda() -> bool:
+    """Return whether arrays on an NVIDIA GPU can be used."""
+    return _core.cuda_state() == "available"
+
+
+@overload
+def show_config(mode: None = None) -> None: ...
+@overload
+def show_config(mode: Literal["dict"]) -> dict[str, Any]: ...
+def show_config(mode: str | None = None) -> dict[str, Any] | None:
+    """Print version, compiler, instruction sets, threads and CUDA state, or return them with ``mode="dict"``.
+
+    ``block_size`` is the number of tokens taken per pass over the fast weight at the level in use.
+    """
+    if mode not in (None, "dict"):
+        raise ArgumentError(f"mode: expected None or 'dict', got {mode!r}")
+    config = {
+        "version": _core.__version__,
+        "compiler": _core.compiler(),
+        "isa": isa(),
+        "available_isas": available_isas(),
+        "block_size": _core.block_size(),
+        "threads": get_num_threads(),
+        "cuda": _core.cuda_state(),
+    }
+    if mode == "dict":
+        return config
+    for name, value in config.items():
+        print(f"{name:<15}{' '.join(value) if isinstance(value, tuple) else value}")
+    return None
+
+
+def get_include() -> str:
+    """Return the folder to add to a compiler's include path for ``fwp/fwp.h`` and ``fwp/fwp.hpp``."""
+    return _installed("include")
+
+
+def get_cmake_dir() -> str:
+    """Return the folder of the CMake package, for ``-Dfwp_core_DIR=...``."""
+    return _installed("lib", "cmake", "fwp_core")
+
+
+def _installed(*parts: str) -> str:
+    # An editable install has a second folder for what the build made.
+    import fwp_core
+
+    for folder in fwp_core.__path__:
+        path = Path(folder, *parts)
+        if path.is_dir():
+            return str(path)
+    raise FileNotFoundError(f"{Path(*parts)} is not installed with fwp_core")

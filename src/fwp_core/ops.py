@@ -1,0 +1,414 @@
+"""The scans: one recurrence over time per head, its gradients, and single steps.
+
+Shapes: B batch, T time, H heads, K key size, V value size, N sequences. The fast weight S of a head is [K,V],
+the transpose of W in Schlag, Irie, Schmidhuber, "Linear Transformers Are Secretly Fast Weight Programmers",
+arXiv 2102.11174.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from ._core import ArgumentError
+
+Array: TypeAlias = NDArray[np.floating[Any]]
+Offsets: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
+
+
+class Gradients(NamedTuple):
+    """Gradients in the order of the inputs, each of its input's shape and dtype; None where that was None."""
+
+    dq: Array | None
+    dk: Array | None
+    dv: Array | None
+    dbeta: Array | None = None
+    dg: Array | None = None
+    dinitial_state: Array | None = None
+
+
+Pullback: TypeAlias = Callable[..., Gradients]
+
+
+def delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    g: Array | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Array | None = None,
+    cu_seqlens: Offsets | None = None,
+    out: Array | None = None,
+    final_state_out: Array | None = None,
+) -> tuple[Array, Array]:
+    """Run the delta rule over time: each key's value in the fast weight is corrected towards v.
+
+    Per head, from S = ``initial_state`` or zero::
+
+        S'  = a_t S_{t-1}                     a_t = 1, or exp(g_t)
+        S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T
+        o_t = scale S_t^T q_t
+
+    (paper, eqs. 20 to 25). With ``g`` it is Gated DeltaNet, or, for one gate per key channel, Kimi Delta
+    Attention.
+
+    Parameters
+    ----------
+    q : ndarray [B,T,Hq,K]
+        Queries, float32 or float64.
+    k : ndarray [B,T,Hk,K]
+        Keys, of the dtype of q. They are not normalised here: where beta |k|^2 > 2, states may grow without
+        bound.
+    v : ndarray [B,T,Hv,V]
+        Values, of the dtype of q.
+    beta : ndarray [B,T,H]
+        Write strengths, usually in (0, 1), of the dtype of q or float32. H = max(Hq, Hk, Hv); each of these
+        divides H, and head h reads q head h // (H // Hq), and so on.
+    g : ndarray [B,T,H] or [B,T,H,K], optional
+        Log decay per head, or per head and key channel, of the dtype of q or float32. -inf empties the state.
+    scale : float
+        Factor of the output.
+    initial_state : ndarray [N,H,K,V], optional
+        Fast weight before the first token, of the dtype of q. N = B, or the number of packed sequences.
+    cu_seqlens : sequence of N+1 integers, optional
+        Packed sequences, B = 1: sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1] - 1``. It
+        starts with 0 and ends with T; a sequence may be empty.
+    out : ndarray [B,T,H,V], optional
+        Where to write o. It may overlap no other argument.
+    final_state_out : ndarray [N,H,K,V], optional
+        Where to write the final state. It may overlap no other argument, ``initial_state`` included.
+
+    Returns
+    -------
+    o : ndarray [B,T,H,V]
+        Outputs, of the dtype of v; ``out`` if given.
+    final_state : ndarray [N,H,K,V]
+        Fast weight after the last token; ``final_state_out`` if given.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ArgumentError, ReadOnlyError
+        For the first argument that is wrong, before anything is computed or written. Only numpy.ndarray
+        itself is taken, no list and no subclass; nothing is cast.
+    MemoryError, KeyboardInterrupt
+        An interrupted call leaves ``out`` and ``final_state_out`` with unspecified contents.
+
+    Notes
+    -----
+    Arrays are read and written in place whatever the strides of B, T and H; one whose K or V axis is not
+    contiguous is copied once. Any size may be 0. The result is the same, bit for bit, for every number of
+    threads, memory layout and batch around a sequence. The GIL is released. Cost: 6 K V flops per token and
+    head, and memory for the results and about one state per thread.
+
+    Examples
+    --------
+    Write two values under two keys, then overwrite the first:
+
+    >>> import numpy as np
+    >>> k = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]).reshape(1, 3, 1, 2)
+    >>> v = np.array([3.0, 5.0, 4.0]).reshape(1, 3, 1, 1)
+    >>> o, final_state = delta_rule(k, k, v, np.ones((1, 3, 1)))
+    >>> final_state[0, 0]
+    array([[4.],
+           [5.]])
+    """
+    o, final_state, _ = _core.delta_rule(
+        q, k, v, beta, g, scale, initial_state, cu_seqlens, out, final_state_out, False
+    )
+    return o, final_state
+
+
+def linear_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None = None,
+    g: Array | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Array | None = None,
+    cu_seqlens: Offsets | None = None,
+    out: Array | None = None,
+    final_state_out: Array | None = None,
+) -> tuple[Array, Array]:
+    """Run linear attention over time: each value is added to the fast weight under its key.
+
+    Per head, from S = ``initial_state`` or zero::
+
+        S_t = a_t S_{t-1} + beta_t k_t v_t^T   a_t = 1, or exp(g_t); beta_t = 1 unless given
+        o_t = scale S_t^T q_t
+
+    (paper, eqs. 10 and 11). With ``g`` it is RetNet, Mamba-2 or the gate of Random Feature Attention, or, for
+    one gate per key channel, Gated Linear Attention.
+
+    Parameters, results, errors and promises are those of :func:`delta_rule`; ``beta`` may be None.
+    Cost: 4 K V flops per token and head.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> k = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]).reshape(1, 3, 1, 2)
+    >>> v = np.array([3.0, 5.0, 4.0]).reshape(1, 3, 1, 1)
+    >>> o, final_state = linear_attention(k, k, v)
+    >>> final_state[0, 0]
+    array([[7.],
+           [5.]])
+    """
+    o, final_state, _ = _core.linear_attention(
+        q, k, v, beta, g, scale, initial_state, cu_seqlens, out, final_state_out, False
+    )
+    return o, final_state
+
+
+def delta_rule_backward(
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    g: Array | None = None,
+    *,
+    dfinal_state: Array | None = None,
+    out: Gradients | None = None,
+    scale: float = 1.0,
+    initial_state: Array | None = None,
+    cu_seqlens: Offsets | None = None,
+) -> Gradients:
+    """Return the exact gradients of :func:`delta_rule`.
+
+    They are those of sum(o * do) + sum(final_state * dfinal_state), in reverse time by hand-derived formulas.
+
+    :func:`vjp` spares this function its own forward sweep.
+
+    Parameters
+    ----------
+    do : ndarray [B,T,H,V]
+        Gradient with respect to o, of the dtype of v.
+    q, k, v, beta, g, scale, initial_state, cu_seqlens
+        As given to :func:`delta_rule`.
+    dfinal_state : ndarray [N,H,K,V], optional
+        Gradient with respect to the final state, of the dtype of q; zero if None.
+    out : Gradients, optional
+        Arrays to overwrite, each with its input's shape and dtype; None among them: a new array. They may
+        overlap no other argument.
+
+    Returns
+    -------
+    Gradients
+        dq, dk, dv, dbeta, dg, dinitial_state; None where the input was None. Grouped heads sum over the
+        group.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ArgumentError, ReadOnlyError, MemoryError, KeyboardInterrupt
+        As :func:`delta_rule`.
+
+    Notes
+    -----
+    Bitwise repeatable as :func:`delta_rule`. Cost: about 16 K V flops per token and head; memory never grows
+    as T K V.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 5, 2, 4))
+    >>> grads = delta_rule_backward(np.ones((1, 5, 2, 4)), q, k, v, np.full((1, 5, 2), 0.5))
+    >>> grads.dbeta.shape
+    (1, 5, 2)
+    """
+    return Gradients(
+        *_core.delta_rule_backward(
+            do, q, k, v, beta, g, dfinal_state, out, scale, initial_state, cu_seqlens, None
+        )
+    )
+
+
+def linear_attention_backward(
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None = None,
+    g: Array | None = None,
+    *,
+    dfinal_state: Array | None = None,
+    out: Gradients | None = None,
+    scale: float = 1.0,
+    initial_state: Array | None = None,
+    cu_seqlens: Offsets | None = None,
+) -> Gradients:
+    """Return the exact gradients of :func:`linear_attention`.
+
+    Parameters, results, errors and promises are those of :func:`delta_rule_backward`; ``beta`` may be None.
+    Cost: about 10 K V flops per token and head.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 5, 2, 4))
+    >>> grads = linear_attention_backward(np.ones((1, 5, 2, 4)), q, k, v)
+    >>> grads.dv.shape, grads.dbeta
+    ((1, 5, 2, 4), None)
+    """
+    return Gradients(
+        *_core.linear_attention_backward(
+            do, q, k, v, beta, g, dfinal_state, out, scale, initial_state, cu_seqlens, None
+        )
+    )
+
+
+def vjp(
+    fn: Callable[..., tuple[Array, Array]],
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None = None,
+    g: Array | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Array | None = None,
+    cu_seqlens: Offsets | None = None,
+    out: Array | None = None,
+    final_state_out: Array | None = None,
+) -> tuple[tuple[Array, Array], Pullback]:
+    """Run ``fn`` forward and return its results with a function for its gradients.
+
+    Parameters
+    ----------
+    fn : fwp_core.delta_rule or fwp_core.linear_attention
+        Anything else is an ArgumentError.
+    q, k, v, beta, g, scale, initial_state, cu_seqlens, out, final_state_out
+        As for ``fn``.
+
+    Returns
+    -------
+    (o, final_state) : tuple of ndarray
+        As ``fn`` returns them.
+    pullback : callable
+        ``pullback(do, dfinal_state=None, out=None)`` returns the Gradients that ``fn``'s backward function
+        would. It may be called again. It keeps references to the inputs, whose contents must not change, and
+        checkpoints of the state. Those belong to one instruction set level; after a switch the pullback does
+        without them.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ArgumentError, ReadOnlyError, MemoryError, KeyboardInterrupt
+        As ``fn``; the pullback as its backward function.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 5, 2, 4))
+    >>> (o, final_state), pullback = vjp(delta_rule, q, k, v, np.full((1, 5, 2), 0.5))
+    >>> pullback(np.ones_like(o)).dq.shape
+    (1, 5, 2, 4)
+    """
+    if fn is delta_rule:
+        forward, backward = _core.delta_rule, _core.delta_rule_backward
+    elif fn is linear_attention:
+        forward, backward = _core.linear_attention, _core.linear_attention_backward
+    else:
+        raise ArgumentError(f"fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got {fn!r}")
+
+    level = _core.isa()
+    o, final_state, checkpoints = forward(
+        q, k, v, beta, g, scale, initial_state, cu_seqlens, out, final_state_out, True
+    )
+
+    def pullback(do: Array, dfinal_state: Array | None = None, out: Gradients | None = None) -> Gradients:
+        kept = checkpoints if _core.isa() == level else None
+        return Gradients(
+            *backward(do, q, k, v, beta, g, dfinal_state, out, scale, initial_state, cu_seqlens, kept)
+        )
+
+    return (o, final_state), pullback
+
+
+def delta_rule_step(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    g: Array | None = None,
+    *,
+    state: Array,
+    scale: float = 1.0,
+    out: Array | None = None,
+) -> Array:
+    """Take one token of :func:`delta_rule`, for decoding; ``state`` is updated in place.
+
+    Parameters
+    ----------
+    q, k, v : ndarray [B,Hq,K], [B,Hk,K], [B,Hv,V]
+        One token, float32 or float64.
+    beta : ndarray [B,H]
+        Write strength.
+    g : ndarray [B,H] or [B,H,K], optional
+        Log decay.
+    state : ndarray [B,H,K,V]
+        Fast weight, read and overwritten, of the dtype of q. It may overlap no other argument.
+    scale : float
+        Factor of the output.
+    out : ndarray [B,H,V], optional
+        Where to write o. It may overlap no other argument.
+
+    Returns
+    -------
+    o : ndarray [B,H,V]
+        The output, of the dtype of v; ``out`` if given.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ArgumentError, ReadOnlyError, MemoryError
+        As :func:`delta_rule`; the state is then unchanged. A step cannot be interrupted.
+
+    Notes
+    -----
+    Equal to the scan to rounding. Bitwise repeatable as :func:`delta_rule`. Cost: 6 K V flops per head, and a
+    few microseconds per call.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> state = np.zeros((1, 1, 2, 1))
+    >>> k = np.array([[[1.0, 0.0]]])
+    >>> delta_rule_step(k, k, np.array([[[3.0]]]), np.ones((1, 1)), state=state)
+    array([[[3.]]])
+    >>> state[0, 0]
+    array([[3.],
+           [0.]])
+    """
+    return _core.delta_rule_step(q, k, v, beta, g, state, scale, out)
+
+
+def linear_attention_step(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None = None,
+    g: Array | None = None,
+    *,
+    state: Array,
+    scale: float = 1.0,
+    out: Array | None = None,
+) -> Array:
+    """Take one token of :func:`linear_attention`, for decoding; ``state`` is updated in place.
+
+    Parameters, results, errors and promises are those of :func:`delta_rule_step`; ``beta`` may be None.
+    Cost: 4 K V flops per head.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> state = np.ones((1, 1, 2, 1))
+    >>> k = np.array([[[1.0, 0.0]]])
+    >>> linear_attention_step(k, k, np.array([[[3.0]]]), state=state)
+    array([[[4.]]])
+    """
+    return _core.linear_attention_step(q, k, v, beta, g, state, scale, out)
