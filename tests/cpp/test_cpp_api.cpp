@@ -1,0 +1,176 @@
+// The C++ interface: every function against the recurrence, strides, absent views, exceptions.
+#include <doctest/doctest.h>
+
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "fwp/fwp.hpp"
+#include "reference.hpp"
+
+namespace {
+
+using reference::Array;
+using reference::Decay;
+using reference::Rule;
+
+constexpr int64_t B = 2, T = 9, H = 3, K = 5, V = 4;
+
+// A problem with a scalar decay, and views of it.
+struct Problem {
+  reference::Inputs x = reference::Random(41).inputs({B, T, H, K, V}, Decay::scalar);
+  fwp::inputs in;
+  Array o = Array(x.v.size()), hT = Array(x.h0.size());
+  fwp::options options;
+
+  Problem() {
+    in.q = {x.q.data(), {B, T, H, K}};
+    in.k = {x.k.data(), {B, T, H, K}};
+    in.v = {x.v.data(), {B, T, H, V}};
+    in.beta = {x.beta.data(), {B, T, H}};
+    in.g = {x.g.data(), {B, T, H}};
+    in.h0 = {x.h0.data(), {B, H, K, V}};
+    options.scale = 0.5;
+  }
+  fwp::outputs outputs() { return {{o.data(), {B, T, H, V}}, {hT.data(), {B, H, K, V}}}; }
+
+  void check_outputs(Rule rule) {
+    const auto expected = reference::forward(rule, x, options.scale);
+    CHECK(reference::distance(o, expected.o) < 1e-12);
+    CHECK(reference::distance(hT, expected.hT) < 1e-12);
+  }
+};
+
+TEST_CASE_FIXTURE(Problem, "forward") {
+  SUBCASE("linear") {
+    fwp::linear_fwd(in, outputs(), options);
+    check_outputs(Rule::linear);
+  }
+  SUBCASE("delta") {
+    fwp::delta_fwd(in, outputs(), options);
+    check_outputs(Rule::delta);
+  }
+  SUBCASE("with a workspace of the caller's") {
+    const size_t bytes = fwp::delta_fwd_workspace(in);
+    std::vector<char> memory(bytes + 64);
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    fwp::delta_fwd(in, outputs(), options, {memory.data() + (64 - address % 64) % 64, bytes});
+    check_outputs(Rule::delta);
+  }
+}
+
+TEST_CASE_FIXTURE(Problem, "strides are read in place: heads before time") {
+  Array q(x.q.size());
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t h = 0; h < H; ++h)
+        for (int64_t i = 0; i < K; ++i)
+          q[reference::count(((b * H + h) * T + t) * K + i)] = x.q[reference::count(((b * T + t) * H + h) * K + i)];
+  in.q = {q.data(), {B, T, H, K}, {H * T * K, K, T * K, 1}};
+  fwp::delta_fwd(in, outputs(), options);
+  check_outputs(Rule::delta);
+}
+
+TEST_CASE_FIXTURE(Problem, "backward") {
+  reference::Random random(43);
+  const reference::Outputs dy{random.normal(B * T * H * V), random.normal(B * H * K * V)};
+  const fwp::cotangents from{{dy.o.data(), {B, T, H, V}}, {dy.hT.data(), {B, H, K, V}}};
+  Array dk(x.k.size()), dg(x.g.size());
+  fwp::gradients to;
+  to.dk = {dk.data(), {B, T, H, K}};
+  to.dg = {dg.data(), {B, T, H}};
+  for (Rule rule : {Rule::linear, Rule::delta}) {
+    const auto bwd = rule == Rule::delta ? fwp::delta_bwd : fwp::linear_bwd;
+    bwd(in, from, to, options, {});
+    const Array along_k = random.normal(B * T * H * K), along_g = random.normal(B * T * H);
+    const double slope_k = reference::slope(rule, x, &reference::Inputs::k, along_k, dy, options.scale);
+    const double slope_g = reference::slope(rule, x, &reference::Inputs::g, along_g, dy, options.scale);
+    CHECK(reference::dot(dk, along_k) == doctest::Approx(slope_k).epsilon(1e-6));
+    CHECK(reference::dot(dg, along_g) == doctest::Approx(slope_g).epsilon(1e-6));
+  }
+}
+
+TEST_CASE_FIXTURE(Problem, "a workspace of the caller's serves backward and steps") {
+  Array dv(x.v.size()), again(x.v.size());
+  const Array d_o(x.v.size(), 1.0);
+  const fwp::cotangents from{{d_o.data(), {B, T, H, V}}};
+  fwp::gradients to;
+  to.dv = {dv.data(), {B, T, H, V}};
+  fwp::delta_bwd(in, from, to, options);
+  const size_t bytes = fwp::delta_bwd_workspace(in);
+  std::vector<char> memory(bytes + 64);
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  to.dv = {again.data(), {B, T, H, V}};
+  fwp::delta_bwd(in, from, to, options, {memory.data() + (64 - address % 64) % 64, bytes});
+  CHECK(dv == again);
+}
+
+TEST_CASE_FIXTURE(Problem, "checkpoints") {
+  Array checkpoints(reference::count(fwp::checkpoints(in)));
+  fwp::outputs out = outputs();
+  out.checkpoints = {checkpoints.data(), {fwp::checkpoints(in)}};
+  fwp::delta_fwd(in, out, options);
+  check_outputs(Rule::delta);
+}
+
+TEST_CASE_FIXTURE(Problem, "one sequence after the other in a packed batch") {
+  const int64_t cu_seqlens[] = {0, 4, 4, T};
+  fwp::inputs packed;
+  packed.q = {x.q.data(), {1, T, H, K}};
+  packed.k = {x.k.data(), {1, T, H, K}};
+  packed.v = {x.v.data(), {1, T, H, V}};
+  packed.cu_seqlens = {cu_seqlens, {4}};
+  Array states(3 * H * K * V, -1.0), whole(T * H * V);
+  fwp::linear_fwd(packed, {{whole.data(), {1, T, H, V}}, {states.data(), {3, H, K, V}}});
+  for (int64_t i = H * K * V; i < 2 * H * K * V; ++i) CHECK(states[reference::count(i)] == 0);  // the empty sequence
+
+  packed.q = {x.q.data() + 4 * H * K, {1, T - 4, H, K}};
+  packed.k = {x.k.data() + 4 * H * K, {1, T - 4, H, K}};
+  packed.v = {x.v.data() + 4 * H * V, {1, T - 4, H, V}};
+  packed.cu_seqlens = {};
+  Array last((T - 4) * H * V);
+  fwp::linear_fwd(packed, {{last.data(), {1, T - 4, H, V}}});
+  CHECK(last == Array(whole.begin() + 4 * H * V, whole.end()));
+}
+
+TEST_CASE("a step updates its state") {
+  const double k[] = {1, 0}, v[] = {3, 5}, beta[] = {1};
+  double state[] = {1, 1, 2, 2}, o[] = {0, 0};
+  fwp::inputs in;
+  in.q = in.k = {k, {1, 1, 2}};
+  in.v = {v, {1, 1, 2}};
+  in.beta = {beta, {1, 1}};
+  fwp::delta_step(in, {state, {1, 1, 2, 2}}, {o, {1, 1, 2}});
+  CHECK(o[0] == 3);
+  CHECK(o[1] == 5);
+  CHECK(Array(state, state + 4) == Array{3, 5, 2, 2});
+  fwp::linear_step(in, {state, {1, 1, 2, 2}}, {o, {1, 1, 2}});
+  CHECK(Array(state, state + 4) == Array{6, 10, 2, 2});
+}
+
+TEST_CASE_FIXTURE(Problem, "errors are exceptions with the code and the message of fwp.h") {
+  in.k = {x.k.data(), {B, T, H, K - 1}};
+  try {
+    fwp::delta_fwd(in, outputs());
+    FAIL("keys and queries of different sizes were accepted");
+  } catch (const fwp::Error& error) {
+    CHECK(error.code() == FWP_SHAPE_ERROR);
+    CHECK(std::string(error.what()).find("k:") == 0);
+  }
+  CHECK_THROWS_AS(fwp::set_num_threads(0), fwp::Error);
+  CHECK_THROWS_AS(fwp::use_isa("no such level"), fwp::Error);
+  CHECK_THROWS_AS((fwp::view(x.q.data(), {1, 1, 1, 1, 1})), fwp::Error);
+}
+
+TEST_CASE("threads and level can be asked for and set") {
+  const int before = fwp::get_num_threads();
+  fwp::set_num_threads(2);
+  CHECK(fwp::get_num_threads() == 2);
+  fwp::set_num_threads(before);
+  const std::string isa = fwp::isa();
+  fwp::use_isa("base");
+  CHECK(std::string(fwp::isa()) == "base");
+  fwp::use_isa(isa.c_str());
+}
+
+}  // namespace

@@ -1,0 +1,88 @@
+"""No byte outside an array is touched: each lies against a forbidden page, at one end, then at the other.
+
+The sweeps run in another process, which dies of the first wrong access and says where.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from cases import DECAYS, DTYPES, RULES, STEP, gradients, make_case, scan
+from memory import guarded
+from processes import run_python
+from tolerances import assert_bits_equal, assert_gradients_bits_equal
+
+import fwp_core as fwp
+
+SIDES = ("front", "back")
+SIZES = ((1, 1), (3, 5), (16, 16), (15, 17), (33, 31), (8, 64), (65, 7), (4, 100))
+TIMES = (1, 5, 6, 7, 13)
+
+
+def check_case(case, side):
+    """Forward, backward and one step, with every array of theirs guarded, outputs filled with NaN."""
+
+    def output(x):
+        return None if x is None else guarded(np.full_like(x, np.nan), side)
+
+    expected, expected_gradients = scan(case), gradients(case)
+    inputs = case.map(lambda x: guarded(x, side))
+    out, final = (output(x) for x in expected)
+    scan(inputs, out=out, final_state_out=final)
+    for x, y in zip((out, final), expected, strict=True):
+        assert_bits_equal(x, y)
+    grads = fwp.Gradients(*(output(x) for x in expected_gradients))
+    gradients(inputs, out=grads)
+    assert_gradients_bits_equal(grads, expected_gradients)
+
+    if case.cu_seqlens is None:
+        token = [None if x is None else x[:, 0].copy() for x in case.inputs]
+        state, o = case.initial_state.copy(), case.do[:, 0].copy()
+        STEP[case.rule](*token, state=state, out=o)
+        guarded_state, guarded_o = guarded(case.initial_state, side), output(o)
+        token = [None if x is None else guarded(x, side) for x in token]
+        STEP[case.rule](*token, state=guarded_state, out=guarded_o)
+        assert_bits_equal(guarded_o, o)
+        assert_bits_equal(guarded_state, state)
+
+
+def sweep(level):
+    with fwp.use_isa(level), fwp.threads(2):
+        for i, (rule, decay, dtype, (K, V), T) in enumerate(
+            itertools.product(RULES, DECAYS, DTYPES, SIZES, TIMES)
+        ):
+            # The other options change with the index, so that each meets each size.
+            options = (
+                {"B": 1, "heads": (1, 1, 1), "T": T},
+                {"B": 2, "heads": (4, 2, 1), "T": T},
+                {"heads": (1, 1, 2), "lengths": (T, 0, 3)},
+            )[i % 3]
+            case = make_case(rule, decay, K=K, V=V, dtype=dtype, **options)
+            check_case(case, SIDES[i // 3 % 2])
+            check_case(case, SIDES[1 - i // 3 % 2])
+    print("all inside")
+
+
+@pytest.mark.parametrize("level", fwp.available_isas())
+def test_no_access_outside_the_arrays(level):
+    done = run_python(f"import test_guard_pages; test_guard_pages.sweep({level!r})")
+    assert done.stdout.strip() == "all inside", done.stderr
+
+
+TOUCH = """
+import ctypes
+import numpy as np
+from memory import guarded
+x = guarded(np.ones(1000, np.float32), {side!r})
+ctypes.c_float.from_address(x.ctypes.data + 4 * {index}).value
+print("alive")
+"""
+
+
+@pytest.mark.parametrize(
+    ("side", "index", "alive"),
+    [("front", 0, True), ("front", -1, False), ("back", 999, True), ("back", 1000, False)],
+)
+def test_the_guards_bite(side, index, alive):
+    done = run_python(TOUCH.format(side=side, index=index))
+    assert (done.stdout.strip() == "alive") == alive
