@@ -15,9 +15,17 @@ std::array<PyObject*, 16> exceptions{};
 
 // Arguments that C and Python spell differently.
 constexpr std::pair<const char*, const char*> kNames[] = {
-    {"o", "out"},        {"h0", "initial_state"}, {"hT", "final_state_out"}, {"d_o", "do"},
-    {"dq", "out.dq"},    {"dk", "out.dk"},        {"dv", "out.dv"},          {"d_hT", "dfinal_state"},
-    {"dg", "out.dg"},    {"dbeta", "out.dbeta"},  {"dh0", "out.dinitial_state"},
+    {"o", "out"},
+    {"h0", "initial_state"},
+    {"hT", "final_state_out"},
+    {"d_o", "do"},
+    {"dq", "out.dq"},
+    {"dk", "out.dk"},
+    {"dv", "out.dv"},
+    {"d_hT", "dfinal_state"},
+    {"dg", "out.dg"},
+    {"dbeta", "out.dbeta"},
+    {"dh0", "out.dinitial_state"},
 };
 
 std::string python_name(const std::string& word) {

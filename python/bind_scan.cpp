@@ -41,8 +41,8 @@ struct Inputs {
   }
 
   fwp_inputs tensors() const {
-    return {sizeof(fwp_inputs), q.tensor(),  k.tensor(),         v.tensor(), beta.tensor(),
-            g.tensor(),         h0.tensor(), cu_seqlens.tensor()};
+    return {sizeof(fwp_inputs), q.tensor(), k.tensor(),  v.tensor(),
+            beta.tensor(),      g.tensor(), h0.tensor(), cu_seqlens.tensor()};
   }
 
   // The sizes of results, once the inputs have been checked.
@@ -112,9 +112,9 @@ void run(const Call& call, Inputs& inputs, std::initializer_list<Array*> others)
 
 // Returns (o, final_state, checkpoints), the last None unless asked for.
 template <const Rule& rule>
-py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g,
-                  py::handle scale, py::handle initial_state, py::handle cu_seqlens, py::handle out,
-                  py::handle final_state_out, bool with_checkpoints) {
+py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g, py::handle scale,
+                  py::handle initial_state, py::handle cu_seqlens, py::handle out, py::handle final_state_out,
+                  bool with_checkpoints) {
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state);
   in.cu_seqlens.read_offsets("cu_seqlens", cu_seqlens);
@@ -150,8 +150,8 @@ py::object item(py::handle gradients, size_t i) {
 
 // Takes and returns the six gradients in this order; None where the input is absent.
 template <const Rule& rule>
-py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py::handle beta,
-                   py::handle g, py::handle dfinal_state, py::handle out, py::handle scale, py::handle initial_state,
+py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g,
+                   py::handle dfinal_state, py::handle out, py::handle scale, py::handle initial_state,
                    py::handle cu_seqlens, py::handle checkpoints) {
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state);
@@ -183,8 +183,8 @@ py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py:
 }
 
 template <const Rule& rule>
-py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g,
-                py::handle state, py::handle scale, py::handle out) {
+py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g, py::handle state,
+                py::handle scale, py::handle out) {
   Inputs in(rule, q, k, v, beta, g);
   const fwp_options options{sizeof options, number("scale", scale), nullptr, nullptr};
   const fwp_inputs checked = in.tensors();

@@ -33,7 +33,9 @@ class Function:
     @property
     def outputs(self):
         gradients = [f"out.{name}" for name in fwp.Gradients._fields]
-        return {"scan": ["out", "final_state_out"], "backward": gradients, "step": ["state", "out"]}[self.kind]
+        return {"scan": ["out", "final_state_out"], "backward": gradients, "step": ["state", "out"]}[
+            self.kind
+        ]
 
     @property
     def positions(self):

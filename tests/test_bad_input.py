@@ -1,4 +1,4 @@
-"""Every function, every argument position, every way to be wrong: refused by the documented error, nothing touched."""
+"""Every function, every argument, every way to be wrong: the documented error, and nothing touched."""
 
 import array
 import itertools
@@ -255,7 +255,7 @@ def test_sizes_beyond_64_bits(function, name):
                 huge[key] = as_strided(huge[key], shape, [0] * len(shape))
         if function.kind == "backward":
             huge["out"] = None
-        # Where the inputs could be right, the outputs of stride 0 are wrong, or new ones do not fit into memory.
+        # If not the inputs, then outputs of stride 0 are wrong, or new ones do not fit into memory.
         refused(function, huge, (fwp.ArgumentError, MemoryError))
 
 
@@ -438,6 +438,21 @@ def test_any_strides_are_refused_where_they_share_memory(data):
         assert not np.shares_memory(initial_state, final_state_out)
 
 
+def test_long_interleaved_arrays():
+    """Thousands of elements that pass each other without meeting: every 6th and every 4th, 20001 apart."""
+    K = 20000
+    buffer = np.zeros(6 * K)
+    initial_state = as_strided(buffer, (1, 1, K, 1), (8, 8, 48, 8))
+    final_state_out = as_strided(buffer[20001:], (1, 1, K, 1), (8, 8, 32, 8))
+    empty = np.zeros((1, 0, 1, K)), np.zeros((1, 0, 1, K)), np.zeros((1, 0, 1, 1))
+    initial_state[...] = 1
+    fwp.linear_attention(*empty, initial_state=initial_state, final_state_out=final_state_out)
+    assert (final_state_out == 1).all()
+    final_state_out = as_strided(buffer[20000:], (1, 1, K, 1), (8, 8, 32, 8))
+    with pytest.raises(fwp.ArgumentError, match="shares memory"):
+        fwp.linear_attention(*empty, initial_state=initial_state, final_state_out=final_state_out)
+
+
 # ---- packed sequences ----
 
 
@@ -510,6 +525,15 @@ def test_offsets_with_bad_values(function):
         refused(function, packed(function, bad), (fwp.ShapeError, fwp.ArgumentError, fwp.DTypeError))
     for bad in ([0, 1 << 62], [0, -(1 << 63)], [0, 1 << 64], np.array([0, (1 << 64) - 1], np.uint64)):
         refused(function, packed(function, bad), fwp.ArgumentError)
+
+
+def test_outputs_over_offsets():
+    offsets = np.array([0, 1, 0, 0])
+    one = np.ones((1, 1, 1, 2))
+    out = offsets.view(np.float64)[1:3].reshape(1, 1, 1, 2)
+    with pytest.raises(fwp.ArgumentError, match="^out: .* shares memory with cu_seqlens$"):
+        fwp.linear_attention(one, one, one, cu_seqlens=offsets[:2], out=out)
+    assert offsets.tolist() == [0, 1, 0, 0]
 
 
 @SCANS

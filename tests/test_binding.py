@@ -52,7 +52,9 @@ def test_new_results(function, dtype):
         assert result.flags.owndata
     if function.kind == "backward":
         for name, gradient in GRADIENTS.items():
-            assert getattr(fwp.Gradients(*results(function, arguments)), gradient).shape == arguments[name].shape
+            assert (
+                getattr(fwp.Gradients(*results(function, arguments)), gradient).shape == arguments[name].shape
+            )
 
 
 @EVERY_FUNCTION
@@ -205,7 +207,7 @@ def test_a_pullback_holds_its_inputs_and_lets_go_of_them():
 
 class Mallinfo(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 
 def heap():

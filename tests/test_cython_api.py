@@ -29,17 +29,20 @@ def signature(name):
     return _name(CAPI[name]).decode()
 
 
+def pointer(name, restype, *argtypes):
+    return ctypes.CFUNCTYPE(restype, *argtypes)(_pointer(CAPI[name], signature(name).encode()))
+
+
 def function(name):
     """The C function as a callable of numbers and of arrays or None."""
     result, _, arguments = signature(name).partition(" (")
     argtypes = [CTYPES.get(a, ctypes.c_void_p) for a in arguments.rstrip(")").split(", ")]
-    pointer = ctypes.CFUNCTYPE(CTYPES[result], *argtypes)(_pointer(CAPI[name], signature(name).encode()))
-    return lambda *args: pointer(*(a.ctypes.data if isinstance(a, np.ndarray) else a for a in args))
+    call = pointer(name, CTYPES[result], *argtypes)
+    return lambda *args: call(*(a.ctypes.data if isinstance(a, np.ndarray) else a for a in args))
 
 
 def last_error():
-    pointer = ctypes.CFUNCTYPE(ctypes.c_char_p)(_pointer(CAPI["last_error"], signature("last_error").encode()))
-    return pointer().decode()
+    return pointer("last_error", ctypes.c_char_p)().decode()
 
 
 def test_signatures_are_those_released():

@@ -16,6 +16,14 @@ DELAY = 0.05
 LIMIT = 0.05
 
 
+@pytest.fixture(autouse=True)
+def _handler_of_ctrl_c():
+    """A shell's background jobs ignore SIGINT from the start; then Python sets no handler of its own."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def long_case(rule, decay, T):
     """Hundreds of milliseconds of work in little memory: what comes in is the same at every token."""
     short = make_case(rule, decay, B=1, T=1, heads=(1, 1, 1), K=256, V=256)
@@ -36,9 +44,9 @@ def sized_case(call, rule, decay):
         start = time.perf_counter()
         call(case)
         elapsed = time.perf_counter() - start
-        if elapsed > 6 * DELAY:
+        if elapsed > 10 * DELAY:
             return case
-        T = int(T * min(8, 8 * DELAY / elapsed))
+        T = int(T * min(8, 12 * DELAY / elapsed))
 
 
 def latency(call, case):
@@ -64,14 +72,23 @@ def latency(call, case):
     return caught - sent[0]
 
 
+def check_latency(call, case):
+    """The median, as another process may hold the cores once; and again, as it may do so for longer."""
+    medians = []
+    while len(medians) < 3:
+        medians.append(np.median([latency(call, case) for _ in range(5)]))
+        if medians[-1] < LIMIT:
+            return
+    pytest.fail(f"median seconds from the signal to the exception: {medians}")
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("call", [scan, gradients])
 @pytest.mark.parametrize(("rule", "decay"), [("delta", "none"), ("linear", "channel")])
 def test_interrupted_within_50_ms(isa, call, rule, decay, threads):
     with fwp.threads(threads):
         case = sized_case(call, rule, decay)
-        # The median: another process may hold the cores for longer than that once.
-        assert np.median([latency(call, case) for _ in range(5)]) < LIMIT
+        check_latency(call, case)
 
         small = make_case(rule, decay, T=20)
         first, second = call(small), call(small)
@@ -85,7 +102,7 @@ def test_vjp_is_interrupted(isa):
         fwp.vjp(fwp.delta_rule, *case.inputs, **case.options)
 
     case = sized_case(forward, "delta", "none")
-    assert np.median([latency(forward, case) for _ in range(3)]) < LIMIT
+    check_latency(forward, case)
 
 
 def test_an_exception_of_another_handler_comes_through():

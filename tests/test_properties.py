@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import DECAYS, DTYPES, RULES, exact_scan, gradients, make_case, scan
+from cases import DECAYS, DTYPES, RULES, exact_gradients, exact_scan, gradients, make_case, scan
 from hypothesis import given
 from strategies import cases
 from tolerances import REORDERED, assert_bits_equal, assert_gradients_bits_equal, relative_error
@@ -335,6 +335,24 @@ def test_nan_flows_back_in_time_only_and_stays_in_its_head(isa, rule, decay, nam
         assert np.isnan(result.dv[1, :9, 0, 4]).all()
         assert np.isnan(result.dinitial_state[1, 0, :, 4]).all()
         assert np.isfinite(np.delete(result.dinitial_state[1, 0], 4, axis=1)).all()
+
+
+@all_scans
+@pytest.mark.parametrize("name", ["q", "k", "v", "beta", "g", "initial_state", "do", "dfinal_state"])
+def test_one_nan_reaches_the_gradients_that_the_oracle_says(isa, rule, decay, name):
+    case = make_case(rule, decay, T=20, heads=(2, 1, 2), K=9, V=21)
+    if getattr(case, name) is None:
+        name = "q"
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        poisoned = case.map(np.copy)
+        x = getattr(poisoned, name)
+        x[tuple(rng.integers(0, n) for n in x.shape)] = np.nan
+        exact = exact_gradients(poisoned)
+        for field, x, y in zip(exact._fields, gradients(poisoned), exact, strict=True):
+            if y is not None:
+                wrong = np.count_nonzero(np.isnan(x) != np.isnan(y))
+                assert wrong == 0, f"{field}, seed {seed}: {wrong} of {y.size}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -95,14 +95,15 @@ def test_the_include_check_sees(path, line):
 
 
 def test_only_two_headers_are_public():
-    assert sorted(p.name for p in project_files() if p.parts[:2] == ("cpp", "include")) == ["fwp.h", "fwp.hpp"]
+    public = sorted(p.name for p in project_files() if p.parts[:2] == ("cpp", "include"))
+    assert public == ["fwp.h", "fwp.hpp"]
 
 
 def test_no_flag_breaks_ieee_arithmetic():
-    builds = [p for p in project_files() if p.suffix == ".cmake" or p.name in ("CMakeLists.txt", "CMakePresets.json")]
-    for path in builds:
-        flags = [line for line in read(path).splitlines() if not line.lstrip().startswith("#")]
-        assert not re.search(r"-f(fast-math|unsafe-math|finite-math|associative-math)|-Ofast", "\n".join(flags)), path
+    forbidden = re.compile(r"^[^#]*(-f(fast|unsafe|finite|associative)-math|-Ofast)", re.MULTILINE)
+    for path in project_files():
+        if path.suffix == ".cmake" or path.name in ("CMakeLists.txt", "CMakePresets.json", "pyproject.toml"):
+            assert not forbidden.search(read(path)), path
 
 
 def imports(path):
@@ -124,10 +125,9 @@ def test_the_package_needs_numpy_only():
 
 
 def test_import_is_light():
-    code = "import sys, fwp_core; print(sorted({'torch', 'jax', 'matplotlib', 'tqdm', 'cupy'} & set(sys.modules)))"
+    code = "import sys, fwp_core; print({'torch', 'jax', 'matplotlib', 'tqdm'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert out.stdout.strip() == "[]"
-    assert out.stderr == ""
+    assert (out.stdout, out.stderr) == ("set()\n", "")
 
 
 def test_one_version():

@@ -65,8 +65,8 @@ class MeetingSearch {
 
 bool overlap(const Region& a, const Region& b) {
   if (a.item == 0 || b.item == 0 || a.end <= b.first || b.end <= a.first) return false;
-  const int64_t shift = a.first < b.first ? static_cast<int64_t>(b.first - a.first)
-                                          : -static_cast<int64_t>(a.first - b.first);
+  const int64_t shift =
+      a.first < b.first ? static_cast<int64_t>(b.first - a.first) : -static_cast<int64_t>(a.first - b.first);
   return MeetingSearch(a, b).reaches(shift - a.item + 1, shift + b.item - 1);
 }
 

@@ -68,10 +68,26 @@ Call::Call(Rule rule, bool step, const fwp_options* options, const fwp_inputs* i
   if (!step) p.interrupt = {settings.interrupt, settings.interrupt_data};
 
   p.T = step ? 1 : -1;
+  read_heads(in);
+  read_gates(in);
+  p.N = batch_;
+  if (step) {
+    check_absent("h0", in.h0, "in a step, whose state is an argument of its own");
+    check_absent("cu_seqlens", in.cu_seqlens, "in a step");
+  } else {
+    if (in.cu_seqlens != nullptr) read_sequences(in.cu_seqlens);
+    if (in.h0 != nullptr) p.h0 = read_states("h0", in.h0, Access::read);
+  }
+  check_sizes();
+}
+
+// q decides the dtype and the sizes B, T, K that k and v must have.
+void Call::read_heads(const fwp_inputs& in) {
+  Problem& p = problem;
   const Tensor q = read("q", in.q, DType::f32, DType::f64, {axes({"Hq"}, {"K"})}, Access::read);
   p.dtype = q.dtype;
   batch_ = q.shape[0];
-  if (!step) p.T = q.shape[1];
+  if (!p.step) p.T = q.shape[1];
   p.K = q.shape[q.rank - 1];
   const Tensor k = read("k", in.k, p.dtype, axes({"Hk"}, {"K", p.K}), Access::read);
   const Tensor v = read("v", in.v, p.dtype, axes({"Hv"}, {"V"}), Access::read);
@@ -87,23 +103,17 @@ Call::Call(Rule rule, bool step, const fwp_options* options, const fwp_inputs* i
   p.q = rows(q);
   p.k = rows(k);
   p.v = rows(v);
+}
 
+void Call::read_gates(const fwp_inputs& in) {
+  Problem& p = problem;
   const Axes scalar = axes({"H", p.H}), channel = axes({"H", p.H}, {"K", p.K});
-  if (in.beta != nullptr || rule == Rule::delta)
+  if (in.beta != nullptr || p.rule == Rule::delta)
     p.beta = rows(read("beta", in.beta, p.dtype, DType::f32, {scalar}, Access::read));
   if (in.g != nullptr) {
     p.g = rows(read("g", in.g, p.dtype, DType::f32, {scalar, channel}, Access::read));
     p.decay = in.g->ndim == scalar.rank ? Decay::scalar : Decay::channel;
   }
-  p.N = batch_;
-  if (step) {
-    check_absent("h0", in.h0, "in a step, whose state is an argument of its own");
-    check_absent("cu_seqlens", in.cu_seqlens, "in a step");
-  } else {
-    if (in.cu_seqlens != nullptr) read_sequences(in.cu_seqlens);
-    if (in.h0 != nullptr) p.h0 = read_states("h0", in.h0, Access::read);
-  }
-  check_sizes();
 }
 
 void Call::add_outputs(const fwp_outputs* outputs) {
@@ -150,8 +160,7 @@ void Call::add_workspace(void* workspace, size_t bytes, size_t needed) {
   if (address % kWorkspaceAlignment != 0)
     fail(FWP_ARGUMENT_ERROR, "workspace: expected memory aligned to ", kWorkspaceAlignment, " bytes, got an address ",
          address % kWorkspaceAlignment, " bytes past a multiple");
-  if (bytes < needed)
-    fail(FWP_ARGUMENT_ERROR, "workspace: expected at least ", needed, " bytes, got ", bytes);
+  if (bytes < needed) fail(FWP_ARGUMENT_ERROR, "workspace: expected at least ", needed, " bytes, got ", bytes);
   Region region;
   region.name = "workspace";
   region.first = address;
@@ -175,8 +184,8 @@ void Call::check_memory() const {
     fail(FWP_UNSUPPORTED_ERROR, strided_, ": expected a contiguous last axis, got a strided one");
 }
 
-Tensor Call::read(const char* name, const DLTensor* tensor, DType one, DType other,
-                  std::initializer_list<Axes> shapes, Access access) {
+Tensor Call::read(const char* name, const DLTensor* tensor, DType one, DType other, std::initializer_list<Axes> shapes,
+                  Access access) {
   const Tensor x = read_tensor(name, tensor, one, other, shapes);
   add_region(x.region, access);
   return x;

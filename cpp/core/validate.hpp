@@ -40,6 +40,8 @@ class Call {
   enum class Access { read, write };
   static constexpr size_t kMaxRegions = 20;
 
+  void read_heads(const fwp_inputs& in);
+  void read_gates(const fwp_inputs& in);
   Tensor read(const char* name, const DLTensor* tensor, DType one, DType other, std::initializer_list<Axes> shapes,
               Access access);
   Tensor read(const char* name, const DLTensor* tensor, DType dtype, const Axes& axes, Access access);

@@ -88,24 +88,26 @@ class Interruption {
   Stop stop() {
     return {[](void* self) { return static_cast<Interruption*>(self)->asked(); }, this};
   }
+  // The clock costs as much as thousands of flops, so it is not read at every block.
   bool asked() {
-    if (interrupt_.poll && std::this_thread::get_id() == caller_) ask();
+    if (std::this_thread::get_id() == caller_ && ++asks_ % 16 == 0) ask();
     return stopped_.load(std::memory_order_relaxed);
+  }
+  // By the calling thread only.
+  void ask() {
+    const auto now = Clock::now();
+    if (!interrupt_.poll || now - asked_ < std::chrono::milliseconds(5)) return;
+    asked_ = now;
+    if (interrupt_.poll(interrupt_.data)) stopped_.store(true, std::memory_order_relaxed);
   }
 
  private:
   using Clock = std::chrono::steady_clock;
 
-  void ask() {
-    const auto now = Clock::now();
-    if (now - asked_ < std::chrono::milliseconds(5)) return;
-    asked_ = now;
-    if (interrupt_.poll(interrupt_.data)) stopped_.store(true, std::memory_order_relaxed);
-  }
-
   const Interrupt interrupt_;
   const std::thread::id caller_;
   Clock::time_point asked_;
+  unsigned asks_ = 0;
   std::atomic<bool> stopped_{false};
 };
 
@@ -121,7 +123,7 @@ bool for_each(int threads, int64_t count, Interruption& interruption, Body body)
                   auto& run = *static_cast<Context*>(c);
                   if (!run.interruption.asked()) run.body(index, worker);
                 },
-                [](void* c) { static_cast<Context*>(c)->interruption.asked(); }, &context});
+                [](void* c) { static_cast<Context*>(c)->interruption.ask(); }, &context});
   return !interruption.asked();
 }
 
@@ -185,7 +187,7 @@ struct ForwardPlan {
       : g(k.geometry(p)),
         shares(p, g, sequences),
         threads(useful_threads(p, sequences * shares.per_sequence)),
-        scratch((k.forward_scratch(p, g, shares.heads * shares.tiles) + 63) / 64 * 64) {}
+        scratch((k.forward_scratch(p, g, shares.heads, shares.tiles) + 63) / 64 * 64) {}
 
   // Sequences [begin, end).
   bool run(const Problem& p, const Kernels& k, void* workspace, int64_t begin, int64_t end, bool output,
@@ -242,7 +244,7 @@ struct BackwardPlan {
       if (to.data && !f.direct) partial_numbers += partial_width(f) * g.window;
     }
     threads = useful_threads(p, g.together * shares.per_sequence);
-    scratch = (k.backward_scratch(p, g) + 63) / 64 * 64;
+    scratch = (k.backward_scratch(p, g, shares.heads) + 63) / 64 * 64;
     tile_bytes = static_cast<size_t>(g.ld * g.columns) * item_size(p);
     slots = 0;
     for (int64_t n = 0; n < p.N; n += g.together)

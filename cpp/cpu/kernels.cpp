@@ -79,21 +79,21 @@ Geometry cut(const Problem& p) {
 
 Geometry geometry(const Problem& p) { return p.dtype == DType::f32 ? cut<Tiles<float>>(p) : cut<Tiles<double>>(p); }
 
-size_t forward_scratch(const Problem& p, const Geometry& g, int64_t tiles) {
+size_t forward_scratch(const Problem& p, const Geometry& g, int64_t heads, int64_t tiles) {
   return with_types(p, [&](auto tile, auto, auto decay) {
     Arena arena(nullptr);
     if (p.step)
-      (void)ForwardScratch<decltype(tile), decltype(decay), 1>(arena, g, tiles);
+      (void)ForwardScratch<decltype(tile), decltype(decay), 1>(arena, g, heads, tiles);
     else
-      (void)ForwardScratch<decltype(tile), decltype(decay), kBlock>(arena, g, tiles);
+      (void)ForwardScratch<decltype(tile), decltype(decay), kBlock>(arena, g, heads, tiles);
     return arena.used();
   });
 }
 
-size_t backward_scratch(const Problem& p, const Geometry& g) {
+size_t backward_scratch(const Problem& p, const Geometry& g, int64_t heads) {
   return with_types(p, [&](auto tile, auto, auto decay) {
     Arena arena(nullptr);
-    (void)BackwardScratch<decltype(tile), decltype(decay), kBlock>(arena, g);
+    (void)BackwardScratch<decltype(tile), decltype(decay), kBlock>(arena, g, heads);
     return arena.used();
   });
 }

@@ -16,8 +16,9 @@ struct Stop;
 struct Kernels {
   const char* name;
   Geometry (*geometry)(const Problem&);
-  size_t (*forward_scratch)(const Problem&, const Geometry&, int64_t tiles);
-  size_t (*backward_scratch)(const Problem&, const Geometry&);
+  // Bytes of scratch for one worker whose parts have so many heads and tiles.
+  size_t (*forward_scratch)(const Problem&, const Geometry&, int64_t heads, int64_t tiles);
+  size_t (*backward_scratch)(const Problem&, const Geometry&, int64_t heads);
   void (*forward)(const Problem&, const Geometry&, const ForwardPart&, void* scratch, const Stop&);
   void (*backward)(const Problem&, const Geometry&, const BackwardPart&, void* scratch, const Stop&);
   void (*reduce)(const Problem&, const ReducePart&);

@@ -38,8 +38,10 @@ FWP_HD void decay_token_fwd(P k, P q, P a, P& A, P& kr, P& qr, P* kw, P* m, P* p
 }
 
 // Backward of the whole block: from the adjoints dkr, dqr, dkw, dM, dP (dM_ti at [t * C + i]) and, for dg, the channel
-// sums H = sum over value columns of D1 * S0, the gradients dk, dq and dg of this pack of channels.
-template <class Decay, int C, class P, class T>
+// sums H = sum over value columns of D1 * S0, the gradients dk, dq and dg of this pack of channels. A rule that does not
+// predict has no kr and no M; leaving them out, rather than adding zeros, keeps a NaN from reaching what does not depend
+// on it.
+template <class Decay, bool predicts, int C, class P, class T>
 FWP_HD void decay_block_bwd(const P* k, const P* q, const P* a, const P* dkr, const P* dqr, const P* dkw, const T* dM,
                             const T* dP, P H, P* dk, P* dq, P* dg) {
   P A[C], B[C];  // a_1..a_t and a_{t+1}..a_C
@@ -51,13 +53,14 @@ FWP_HD void decay_block_bwd(const P* k, const P* q, const P* a, const P* dkr, co
   }
   FWP_UNROLL for (int t = 0; t < C; ++t) {
     dq[t] = (Decay::decays ? A[t] * dqr[t] : dqr[t]) + dP[t * C + t] * k[t];
-    dk[t] = (Decay::decays ? A[t] * dkr[t] + B[t] * dkw[t] : dkr[t] + dkw[t]) + dP[t * C + t] * q[t];
+    dk[t] = (Decay::decays ? B[t] * dkw[t] : dkw[t]) + dP[t * C + t] * q[t];
+    if constexpr (predicts) dk[t] += Decay::decays ? A[t] * dkr[t] : dkr[t];
   }
   if constexpr (Decay::decays) {
     // Through a_s pass: the first state on its way to D1 (H) and to the reads t >= s, and the writes i < s to D1.
     P reads = A[C - 1] * H, writes = P{};
     FWP_UNROLL for (int s = C - 1; s >= 0; --s) {
-      reads += A[s] * (q[s] * dqr[s] + k[s] * dkr[s]);
+      reads += A[s] * (predicts ? q[s] * dqr[s] + k[s] * dkr[s] : q[s] * dqr[s]);
       dg[s] = reads;
     }
     FWP_UNROLL for (int s = 1; s < C; ++s) {
@@ -69,11 +72,11 @@ FWP_HD void decay_block_bwd(const P* k, const P* q, const P* a, const P* dkr, co
     P L = P{} + T(1);  // a_{i+1}..a_j
     FWP_UNROLL for (int j = i + 1; j < C; ++j) {
       const T m = dM[j * C + i], p = dP[j * C + i];
-      const P x = p * q[j] + m * k[j];
+      const P x = predicts ? p * q[j] + m * k[j] : p * q[j];
       if constexpr (Decay::decays) L *= a[j];
       const P Lk = Decay::decays ? L * k[i] : k[i];
       dq[j] += p * Lk;
-      dk[j] += m * Lk;
+      if constexpr (predicts) dk[j] += m * Lk;
       dk[i] += Decay::decays ? L * x : x;
       if constexpr (Decay::decays) FWP_UNROLL for (int s = i + 1; s <= j; ++s) dg[s] += Lk * x;
     }

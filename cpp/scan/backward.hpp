@@ -13,6 +13,7 @@ namespace {
 template <class Tile, class Decay, int C>
 struct BackwardScratch {
   using T = typename Tile::Scalar;
+  Head* heads;
   Block<Tile, Decay, C>* blocks;
   T* S;       // the state before each block, and after the last
   T *e, *u;   // [segment][columns]
@@ -22,7 +23,8 @@ struct BackwardScratch {
   T *dkr, *dqr, *dkw, *H;  // [C][ld], H [ld]
   T *dk, *dq, *dg;
 
-  BackwardScratch(Arena& arena, const Geometry& g) {
+  BackwardScratch(Arena& arena, const Geometry& g, int64_t head_count) {
+    heads = arena.take<Head>(head_count);
     const int64_t count = g.segment / C, cols = g.columns;
     blocks = arena.take<Block<Tile, Decay, C>>(count);
     const bool counting = blocks == nullptr;
@@ -134,7 +136,7 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b
       if constexpr (Rule::predicts) dkr[i] = Tile::load(s.dkr + i * ld + d);
     }
     if constexpr (Decay::decays) H = Tile::load(s.H + d);
-    decay_block_bwd<Decay, C>(k, q, a, dkr, dqr, dkw, dM, dP, H, dk, dq, dg);
+    decay_block_bwd<Decay, Rule::predicts, C>(k, q, a, dkr, dqr, dkw, dM, dP, H, dk, dq, dg);
     if (b.resets) dg[0] = Tile::load(b.keep + d) != P{} ? dg[0] : P{};
     for (int i = 0; i < C; ++i) {
       Tile::store(s.dk + i * ld + d, dk[i]);
@@ -148,7 +150,7 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b
   T dg[C];
   if constexpr (Decay::decays && !Decay::per_channel) Tile::template sums<C>(dg_sum, dg);
 
-  const int64_t width = p.V - tile * cols < cols ? p.V - tile * cols : cols;
+  const int64_t width = tile_width(p, g, tile);
   const bool add = tile > part.tile_begin;
   for (int i = 0; i < b.n; ++i) {
     put_row<Tile>(out.dq, t + i, 0, s.dq + i * ld, p.K, add);
@@ -170,13 +172,13 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b
 // has without resets; with more, the segment is taken in several runs, the last first, each from the checkpoint on.
 template <class Tile, class Rule, class Decay, int C>
 bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& part, BackwardScratch<Tile, Decay, C>& s,
-                      const Sequence& seq, int64_t h, int64_t t0, int64_t end, const Stop& stop) {
+                      const Head& head, int64_t h, int64_t t0, int64_t end, Prefetch& ahead, const Stop& stop) {
   using T = typename Tile::Scalar;
   const int64_t most = g.segment / C, size = g.ld * g.columns, block_size = C * g.columns;
   int64_t starts[C + 1] = {t0}, runs = 0;  // a block has at least one token: at most C runs, then the end
   while (starts[runs] < end) {
     int64_t t = starts[runs];
-    for (int64_t b = 0; b < most && t < end; ++b) t += block_length<Tile, Decay, C>(p, seq, h, t, end);
+    for (int64_t b = 0; b < most && t < end; ++b) t += block_length<Tile, Decay, C>(head, p.K, t, end);
     starts[++runs] = t;
   }
   int64_t staged = -1, count = 0;
@@ -186,13 +188,14 @@ bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& p
       copy_in<Tile>(checkpoint<T>(p, g, part.slot + t0 / g.segment, h, j), size, s.S, size);
       for (int64_t run = 0; run <= last; ++run) {
         int64_t t = starts[run];
-        if (staged != run) count = stage_blocks(s.blocks, most, p, g, seq, h, t, end);
+        if (staged != run) count = stage_blocks(s.blocks, most, p, g, head, t, end);
         staged = run;
         t = starts[run];
         for (int64_t b = 0; b < count; t += s.blocks[b++].n) {
           if (stop.asked(stop.data)) return false;
+          ahead.step();
           T* S = s.S + b * size;
-          stage_columns<Tile, C>(p.v, seq.b, seq.begin + t, s.blocks[b].n, h, p, g, j, s.v);
+          stage_columns<Tile, C>(head.v, t, s.blocks[b].n, p, g, j, s.v);
           advance<Rule, false>(s.blocks[b], p, g.ld, s.v, S, S + size, s.RX, s.e + b * block_size, s.u + b * block_size,
                                static_cast<T*>(nullptr));
         }
@@ -201,8 +204,9 @@ bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& p
       int64_t t = starts[last + 1];
       for (int64_t b = count - 1; b >= 0; --b) {
         if (stop.asked(stop.data)) return false;
+        ahead.step();
         t -= s.blocks[b].n;
-        stage_columns<Tile, C>(p.d_o, seq.b, seq.begin + t, s.blocks[b].n, h, p, g, j, s.x + block_size);
+        stage_columns<Tile, C>(head.d_o, t, s.blocks[b].n, p, g, j, s.x + block_size);
         retreat<Tile, Rule, Decay, C>(p, g, s.blocks[b], s, s.S + b * size, s.e + b * block_size, s.u + b * block_size, D,
                                       t - part.begin, part, j, part.gradients[(h - part.head_begin) * part.next_head]);
       }
@@ -214,13 +218,15 @@ template <class Tile, class Rule, class Decay, int C>
 void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part, void* scratch, const Stop& stop) {
   using T = typename Tile::Scalar;
   Arena arena(scratch);
-  BackwardScratch<Tile, Decay, C> s(arena, g);
+  const int64_t heads = part.head_end - part.head_begin;
+  BackwardScratch<Tile, Decay, C> s(arena, g, heads);
   const Sequence seq = sequence(p, part.n);
   const int64_t size = g.ld * g.columns;
   const auto adjoint = [&](int64_t h, int64_t j) { return static_cast<T*>(part.D) + (h * g.tiles + j) * size; };
 
   for (int64_t b = 0; b <= g.segment / C; ++b)  // rows K.. of a tile: passes over K never write them, sums over ld read them
     fill<T>(s.S + b * size + p.K * g.columns, (g.ld - p.K) * g.columns, 0);
+  for (int64_t h = 0; h < heads; ++h) s.heads[h] = head(p, seq, part.head_begin + h);
   if (part.end == seq.length)
     for (int64_t h = part.head_begin; h < part.head_end; ++h)
       for (int64_t j = part.tile_begin; j < part.tile_end; ++j) load_tile<Tile>(p.d_hT, part.n, h, p, g, j, adjoint(h, j));
@@ -229,8 +235,11 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
   for (int64_t i = segments - 1; i >= 0; --i) {
     const int64_t t0 = part.begin + i * g.segment;
     const int64_t end = part.end - t0 < g.segment ? part.end : t0 + g.segment;
-    for (int64_t h = part.head_begin; h < part.head_end; ++h)
-      if (!segment_backward<Tile, Rule>(p, g, part, s, seq, h, t0, end, stop)) return;
+    Prefetch ahead(p, s.heads, heads, t0 < g.segment ? 0 : t0 - g.segment, t0,
+                   2 * heads * (part.tile_end - part.tile_begin) * (g.segment / C));
+    for (int64_t h = 0; h < heads; ++h) {
+      if (!segment_backward<Tile, Rule>(p, g, part, s, s.heads[h], part.head_begin + h, t0, end, ahead, stop)) return;
+    }
   }
 
   if (part.begin > 0) return;
@@ -270,10 +279,11 @@ template <class T>
 void reduce(const Problem& p, const ReducePart& part) {
   const Rows& to = part.to;
   const Sequence seq = sequence(p, part.n);
-  for (int64_t h = 0; h < p.H; h += to.group)
+  for (int64_t h = 0; h < p.H; h += to.group) {
+    const HeadRows rows = head_rows(to, seq, h);
+    const HeadGradients* own = part.gradients + h * part.shares;
     for (int64_t t = part.begin; t < part.end; ++t) {
-      char* out = row(to, seq.b, seq.begin + t, h);
-      const HeadGradients* own = part.gradients + h * part.shares;
+      char* out = rows.at(t);
       if (part.columns == 0) {
         sum_row<T>(own, part.field, to.group, part.shares, part.shares, t - part.origin, part.width, to.dtype, out);
         continue;
@@ -285,6 +295,7 @@ void reduce(const Problem& p, const ReducePart& part) {
                    out + first * static_cast<int64_t>(sizeof(T)));
       }
     }
+  }
 }
 
 }  // namespace

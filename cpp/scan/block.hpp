@@ -1,15 +1,12 @@
 // A block of C tokens of one head, staged: rows widened to the accumulation type, padded to whole packs and decayed
 // (rules/decay.hpp). Staging does not depend on the value columns; all tiles of a head share it.
-//
-// Tile is the machine (cpp/cpu/tiles.hpp): packs of T and the passes over a tile of the state.
 #pragma once
 
 #include "../rules/block.hpp"
 #include "../rules/decay.hpp"
 #include "../rules/delta.hpp"
 #include "../rules/linear.hpp"
-#include "geometry.hpp"
-#include "problem.hpp"
+#include "rows.hpp"
 
 namespace fwp {
 namespace {
@@ -31,91 +28,14 @@ class Arena {
   size_t used_ = 0;
 };
 
-inline char* row(const Rows& r, int64_t b, int64_t t, int64_t h) {
-  const int64_t item = r.dtype == DType::f64 ? 8 : 4;
-  return static_cast<char*>(r.data) + item * (b * r.b + t * r.t + h / r.group * r.h);
-}
-
-template <class Tile, class T>
-void copy_in(const T* from, int64_t n, T* to, int64_t padded) {
-  int64_t i = 0;
-  for (; i + Tile::kWidth <= n; i += Tile::kWidth) Tile::store(to + i, Tile::load_unaligned(from + i));
-  for (; i < n; ++i) to[i] = from[i];
-  for (; i < padded; ++i) to[i] = 0;
-}
-
-template <class Tile, class T>
-void copy_out(const T* from, int64_t n, T* to) {
-  int64_t i = 0;
-  for (; i + Tile::kWidth <= n; i += Tile::kWidth) Tile::store_unaligned(to + i, Tile::load(from + i));
-  for (; i < n; ++i) to[i] = from[i];
-}
-
-// n numbers of row (b,t,h), converted to T and padded with zeros.
-template <class Tile, class T>
-void stage_row(const Rows& r, int64_t b, int64_t t, int64_t h, int64_t first, int64_t n, T* to, int64_t padded) {
-  const char* from = row(r, b, t, h);
-  if (r.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32))
-    return copy_in<Tile>(reinterpret_cast<const T*>(from) + first, n, to, padded);
-  const float* narrow = reinterpret_cast<const float*>(from) + first;  // beta and g may be narrower than q
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(narrow[i]);
-  for (int64_t i = n; i < padded; ++i) to[i] = 0;
-}
-
-inline bool is_reset(const Problem& p, int64_t b, int64_t t, int64_t h, int64_t channel) {
-  const char* from = row(p.g, b, t, h);
-  return p.g.dtype == DType::f64 ? reinterpret_cast<const double*>(from)[channel] == -__builtin_inf()
-                                 : reinterpret_cast<const float*>(from)[channel] == -__builtin_inff();
-}
-inline bool any_reset(const Problem& p, int64_t b, int64_t t, int64_t h) {
-  bool any = false;
-  for (int64_t d = 0; d < (p.decay == Decay::channel ? p.K : 1); ++d) any |= is_reset(p, b, t, h, d);
-  return any;
-}
-
-template <class T>
-void fill(T* to, int64_t n, T value) {
-  for (int64_t i = 0; i < n; ++i) to[i] = value;
-}
-
-// Rows K.. of a tile and columns beyond V are zero and stay zero.
-template <class Tile, class T>
-void load_tile(const States& s, int64_t n, int64_t h, const Problem& p, const Geometry& g, int64_t tile, T* S) {
-  const int64_t first = tile * g.columns;
-  const int64_t width = p.V - first < g.columns ? p.V - first : g.columns;
-  if (!s.data) return fill<T>(S, g.ld * g.columns, 0);
-  const T* from = static_cast<const T*>(s.data) + n * s.n + h * s.h + first;
-  for (int64_t d = 0; d < p.K; ++d) copy_in<Tile>(from + d * s.k, width, S + d * g.columns, g.columns);
-  fill<T>(S + p.K * g.columns, (g.ld - p.K) * g.columns, 0);
-}
-
-template <class Tile, class T>
-void store_tile(const T* S, const Problem& p, const Geometry& g, int64_t tile, const States& s, int64_t n, int64_t h) {
-  if (!s.data) return;
-  const int64_t first = tile * g.columns;
-  const int64_t width = p.V - first < g.columns ? p.V - first : g.columns;
-  T* to = static_cast<T*>(s.data) + n * s.n + h * s.h + first;
-  for (int64_t d = 0; d < p.K; ++d) copy_out<Tile>(S + d * g.columns, width, to + d * s.k);
-}
-
-// Rows of value columns of one tile for n tokens from t, zero rows after them.
-template <class Tile, int C, class T>
-void stage_columns(const Rows& r, int64_t b, int64_t t, int n, int64_t h, const Problem& p, const Geometry& g, int64_t tile,
-                   T* to) {
-  const int64_t first = tile * g.columns;
-  const int64_t width = p.V - first < g.columns ? p.V - first : g.columns;
-  for (int i = 0; i < n; ++i) stage_row<Tile>(r, b, t + i, h, first, width, to + i * g.columns, g.columns);
-  fill<T>(to + n * g.columns, (C - n) * g.columns, 0);
-}
-
 // Tokens of the block that starts at token t: C of them, but it ends before a reset (g = -inf), so that a reset is always
 // the first token of its block and can clear the state by selection: nothing of the past survives it, not even NaN.
 template <class Tile, class Decay, int C>
-int block_length(const Problem& p, const Sequence& seq, int64_t h, int64_t t, int64_t end) {
+int block_length(const Head& head, int64_t K, int64_t t, int64_t end) {
   const int most = end - t < C ? static_cast<int>(end - t) : C;
   if constexpr (Decay::decays)
     for (int i = 1; i < most; ++i)
-      if (any_reset(p, seq.b, seq.begin + t + i, h)) return i;
+      if (any_reset(head.g, t + i, Decay::per_channel ? K : 1)) return i;
   return most;
 }
 
@@ -156,31 +76,19 @@ struct Block {
     return Tile::broadcast(a[t]);
   }
 
-  void stage(const Problem& p, const Geometry& g, int64_t b, int64_t t0, int tokens, int64_t h) {
+  void stage(const Problem& p, const Geometry& g, const Head& head, int64_t t0, int tokens) {
     n = tokens;
     const int64_t ld = g.ld;
-    const P scale = Tile::broadcast(static_cast<T>(p.scale));
     for (int t = 0; t < n; ++t) {
-      T *k = kq + t * ld, *q = kq + (C + t) * ld;
-      stage_row<Tile>(p.k, b, t0 + t, h, 0, p.K, k, ld);
-      stage_row<Tile>(p.q, b, t0 + t, h, 0, p.K, q, ld);
-      for (int64_t d = 0; d < ld; d += Tile::kWidth) Tile::store(q + d, Tile::load(q + d) * scale);
+      stage_row<Tile>(head.k, t0 + t, 0, p.K, kq + t * ld, ld);
+      stage_row<Tile>(head.q, t0 + t, 0, p.K, kq + (C + t) * ld, ld, static_cast<T>(p.scale));
       beta[t] = 1;
-      if (p.beta.data) stage_row<Tile>(p.beta, b, t0 + t, h, 0, 1, beta + t, 1);
-      if constexpr (Decay::decays) {
-        const int64_t width = Decay::per_channel ? p.K : 1, padded = Decay::per_channel ? ld : 1;
-        stage_row<Tile>(p.g, b, t0 + t, h, 0, width, a + t * padded, padded);
-      }
+      if (head.beta.data) stage_row<Tile>(head.beta, t0 + t, 0, 1, beta + t, 1);
     }
     fill<T>(kq + n * ld, (C - n) * ld, 0);
     fill<T>(kq + (C + n) * ld, (C - n) * ld, 0);
     fill<T>(beta + n, C - n, 0);
-    if constexpr (Decay::decays) {
-      resets = any_reset(p, b, t0, h);
-      for (int64_t d = 0; resets && d < ld; ++d)
-        keep[d] = d < p.K && is_reset(p, b, t0, h, Decay::per_channel ? d : 0) ? T(0) : T(1);
-      exponentiate(ld);
-    }
+    if constexpr (Decay::decays) stage_decay(head.g, p.K, ld, t0);
     token<0>(ld);
   }
 
@@ -192,13 +100,16 @@ struct Block {
   }
 
  private:
-  void exponentiate(int64_t ld) {
-    const int64_t padded = Decay::per_channel ? ld : 1;
+  void stage_decay(const HeadRows& g, int64_t K, int64_t ld, int64_t t0) {
+    const int64_t width = Decay::per_channel ? K : 1, padded = Decay::per_channel ? ld : 1;
+    for (int t = 0; t < n; ++t) stage_row<Tile>(g, t0 + t, 0, width, a + t * padded, padded);
     fill<T>(a + n * padded, (C - n) * padded, 0);  // tokens that are not there do not decay
     if constexpr (Decay::per_channel)
       for (int64_t i = 0; i < C * ld; i += Tile::kWidth) Tile::store(a + i, Tile::exp(Tile::load(a + i)));
     else
       for (int t = 0; t < C; ++t) a[t] = Tile::exp(Tile::broadcast(a[t]))[0];
+    resets = any_reset(g, t0, width);
+    for (int64_t d = 0; resets && d < ld; ++d) keep[d] = d < K && is_reset(g, t0, Decay::per_channel ? d : 0) ? 0 : 1;
   }
 
   template <int t>

@@ -17,12 +17,13 @@ struct ForwardScratch {
   using T = typename Tile::Scalar;
   static constexpr int kMaxBlocks = 16;
   Block<Tile, Decay, C> blocks[kMaxBlocks];
+  Head* heads;
   T *S, *v, *RX, *e, *u, *o;
 
-  // tiles: of all heads of a part
-  ForwardScratch(Arena& arena, const Geometry& g, int64_t tiles) {
+  ForwardScratch(Arena& arena, const Geometry& g, int64_t head_count, int64_t tiles) {
+    heads = arena.take<Head>(head_count);
     for (int64_t i = 0; i < g.chunk / C; ++i) blocks[i] = Block<Tile, Decay, C>::take(arena, g.ld);
-    S = arena.take<T>(tiles * g.ld * g.columns);
+    S = arena.take<T>(head_count * tiles * g.ld * g.columns);
     v = arena.take<T>(C * g.columns);
     RX = arena.take<T>(2 * C * g.columns);
     e = arena.take<T>(C * g.columns);
@@ -34,11 +35,11 @@ struct ForwardScratch {
 // Stages blocks from token t on, `most` at the most; returns how many, and in t the token after them.
 template <class Tile, class Decay, int C>
 int64_t stage_blocks(Block<Tile, Decay, C>* blocks, int64_t most, const Problem& p, const Geometry& g,
-                     const Sequence& seq, int64_t h, int64_t& t, int64_t end) {
+                     const Head& head, int64_t& t, int64_t end) {
   int64_t count = 0;
   while (count < most && t < end) {
-    const int tokens = block_length<Tile, Decay, C>(p, seq, h, t, end);
-    blocks[count++].stage(p, g, seq.b, seq.begin + t, tokens, h);
+    const int tokens = block_length<Tile, Decay, C>(head, p.K, t, end);
+    blocks[count++].stage(p, g, head, t, tokens);
     t += tokens;
   }
   return count;
@@ -47,20 +48,20 @@ int64_t stage_blocks(Block<Tile, Decay, C>* blocks, int64_t most, const Problem&
 // The staged blocks, from token t on, on one tile; false if the call was stopped.
 template <class Tile, class Rule, class Decay, int C, class T>
 bool scan_blocks(const Problem& p, const Geometry& g, const ForwardPart& part, ForwardScratch<Tile, Decay, C>& s,
-                 const Sequence& seq, int64_t h, int64_t tile, int64_t t, int64_t count, T* S, const Stop& stop) {
-  const int64_t first = tile * g.columns;
-  const int64_t width = p.V - first < g.columns ? p.V - first : g.columns;
+                 const Head& head, int64_t tile, int64_t t, int64_t count, T* S, Prefetch& ahead, const Stop& stop) {
+  const int64_t first = tile * g.columns, width = tile_width(p, g, tile);
   for (int64_t i = 0; i < count; t += s.blocks[i++].n) {
     if (stop.asked(stop.data)) return false;
+    ahead.step();
     const auto& block = s.blocks[i];
-    stage_columns<Tile, C>(p.v, seq.b, t, block.n, h, p, g, tile, s.v);
+    stage_columns<Tile, C>(head.v, t, block.n, p, g, tile, s.v);
     if (!part.output) {
       advance<Rule, false>(block, p, g.ld, s.v, S, S, s.RX, s.e, s.u, s.o);
       continue;
     }
     advance<Rule, true>(block, p, g.ld, s.v, S, S, s.RX, s.e, s.u, s.o);
     for (int r = 0; r < block.n; ++r)
-      copy_out<Tile>(s.o + r * g.columns, width, reinterpret_cast<T*>(row(p.o, seq.b, t + r, h)) + first);
+      copy_out<Tile>(s.o + r * g.columns, width, reinterpret_cast<T*>(head.o.at(t + r)) + first);
   }
   return true;
 }
@@ -69,33 +70,38 @@ template <class Tile, class Rule, class Decay, int C>
 void scan_forward(const Problem& p, const Geometry& g, const ForwardPart& part, void* scratch, const Stop& stop) {
   using T = typename Tile::Scalar;
   Arena arena(scratch);
-  const int64_t tiles = part.tile_end - part.tile_begin, size = g.ld * g.columns;
-  ForwardScratch<Tile, Decay, C> s(arena, g, (part.head_end - part.head_begin) * tiles);
+  const int64_t heads = part.head_end - part.head_begin, tiles = part.tile_end - part.tile_begin;
+  const int64_t size = g.ld * g.columns;
+  ForwardScratch<Tile, Decay, C> s(arena, g, heads, tiles);
   const Sequence seq = sequence(p, part.n);
-  const auto state = [&](int64_t h, int64_t j) {
-    return s.S + ((h - part.head_begin) * tiles + j - part.tile_begin) * size;
-  };
+  const auto state = [&](int64_t h, int64_t j) { return s.S + (h * tiles + j - part.tile_begin) * size; };
 
-  for (int64_t h = part.head_begin; h < part.head_end; ++h)
-    for (int64_t j = part.tile_begin; j < part.tile_end; ++j) load_tile<Tile>(p.h0, part.n, h, p, g, j, state(h, j));
+  for (int64_t h = 0; h < heads; ++h) s.heads[h] = head(p, seq, part.head_begin + h);
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
+      load_tile<Tile>(p.h0, part.n, part.head_begin + h, p, g, j, state(h, j));
 
   for (int64_t t0 = 0; t0 < seq.length; t0 += g.chunk) {
     const int64_t end = seq.length - t0 < g.chunk ? seq.length : t0 + g.chunk;
-    for (int64_t h = part.head_begin; h < part.head_end; ++h) {
+    Prefetch ahead(p, s.heads, heads, end, seq.length - end < g.chunk ? seq.length : end + g.chunk,
+                   heads * tiles * (g.chunk / C));
+    for (int64_t h = 0; h < heads; ++h) {
       if (p.checkpoints && t0 % g.segment == 0)
         for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
-          copy_out<Tile>(state(h, j), size, checkpoint<T>(p, g, part.slot + t0 / g.segment, h, j));
+          copy_out<Tile>(state(h, j), size, checkpoint<T>(p, g, part.slot + t0 / g.segment, part.head_begin + h, j));
       for (int64_t first = t0, t = t0; t < end; first = t) {
-        const int64_t count = stage_blocks(s.blocks, g.chunk / C, p, g, seq, h, t, end);
+        const int64_t count = stage_blocks(s.blocks, g.chunk / C, p, g, s.heads[h], t, end);
         for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
-          if (!scan_blocks<Tile, Rule>(p, g, part, s, seq, h, j, seq.begin + first, count, state(h, j), stop)) return;
+          if (!scan_blocks<Tile, Rule>(p, g, part, s, s.heads[h], j, first, count, state(h, j), ahead, stop))
+            return;
       }
     }
   }
 
   if (!part.output) return;
-  for (int64_t h = part.head_begin; h < part.head_end; ++h)
-    for (int64_t j = part.tile_begin; j < part.tile_end; ++j) store_tile<Tile>(state(h, j), p, g, j, p.hT, part.n, h);
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
+      store_tile<Tile>(state(h, j), p, g, j, p.hT, part.n, part.head_begin + h);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // The C interface against the recurrence in double: both rules, every decay, forward, backward and step, both dtypes.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -28,7 +29,7 @@ class Tensor {
   explicit Tensor(std::vector<int64_t> shape) : shape_(std::move(shape)) {
     int64_t elements = 1;
     for (int64_t n : shape_) elements *= n;
-    data_.assign(reference::count(elements), std::numeric_limits<T>::quiet_NaN());
+    data_.assign(static_cast<size_t>(elements), std::numeric_limits<T>::quiet_NaN());
     tensor_.data = data_.data();
     tensor_.device = {kDLCPU, 0};
     tensor_.ndim = static_cast<int32_t>(shape_.size());
@@ -36,7 +37,7 @@ class Tensor {
     tensor_.shape = shape_.data();
   }
   Tensor(std::vector<int64_t> shape, const Array& values) : Tensor(std::move(shape)) {
-    for (size_t i = 0; i < data_.size(); ++i) data_[i] = static_cast<T>(values[i]);
+    std::transform(values.begin(), values.end(), data_.begin(), [](double x) { return static_cast<T>(x); });
   }
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
@@ -152,9 +153,9 @@ TEST_CASE("backward is the slope of forward") {
     auto* bwd = rule == Rule::delta ? fwp_delta_bwd : fwp_linear_bwd;
     REQUIRE_MESSAGE(bwd(&options, &in, &cotangents, &gradients, nullptr, 0, nullptr) == FWP_OK, fwp_last_error());
 
-    const auto check = [&](const char* name, Array Inputs::*input, const Tensor<double>& gradient) {
+    const auto check = [&](const char* name, Array Inputs::* input, const Tensor<double>& gradient) {
       CAPTURE(name);
-      const Array direction = random.normal(static_cast<int64_t>((x.*input).size()));
+      const Array direction = random.normal((x.*input).count());
       const double expected = reference::slope(rule, x, input, direction, dy, options.scale);
       CHECK(reference::dot(gradient.values(), direction) == doctest::Approx(expected).epsilon(1e-6));
     };

@@ -20,7 +20,7 @@ constexpr int64_t B = 2, T = 9, H = 3, K = 5, V = 4;
 struct Problem {
   reference::Inputs x = reference::Random(41).inputs({B, T, H, K, V}, Decay::scalar);
   fwp::inputs in;
-  Array o = Array(x.v.size()), hT = Array(x.h0.size());
+  Array o = Array(x.v.count()), hT = Array(x.h0.count());
   fwp::options options;
 
   Problem() {
@@ -60,12 +60,11 @@ TEST_CASE_FIXTURE(Problem, "forward") {
 }
 
 TEST_CASE_FIXTURE(Problem, "strides are read in place: heads before time") {
-  Array q(x.q.size());
+  Array q(x.q.count());
   for (int64_t b = 0; b < B; ++b)
     for (int64_t t = 0; t < T; ++t)
       for (int64_t h = 0; h < H; ++h)
-        for (int64_t i = 0; i < K; ++i)
-          q[reference::count(((b * H + h) * T + t) * K + i)] = x.q[reference::count(((b * T + t) * H + h) * K + i)];
+        for (int64_t i = 0; i < K; ++i) q[((b * H + h) * T + t) * K + i] = x.q[((b * T + t) * H + h) * K + i];
   in.q = {q.data(), {B, T, H, K}, {H * T * K, K, T * K, 1}};
   fwp::delta_fwd(in, outputs(), options);
   check_outputs(Rule::delta);
@@ -75,7 +74,7 @@ TEST_CASE_FIXTURE(Problem, "backward") {
   reference::Random random(43);
   const reference::Outputs dy{random.normal(B * T * H * V), random.normal(B * H * K * V)};
   const fwp::cotangents from{{dy.o.data(), {B, T, H, V}}, {dy.hT.data(), {B, H, K, V}}};
-  Array dk(x.k.size()), dg(x.g.size());
+  Array dk(x.k.count()), dg(x.g.count());
   fwp::gradients to;
   to.dk = {dk.data(), {B, T, H, K}};
   to.dg = {dg.data(), {B, T, H}};
@@ -91,8 +90,8 @@ TEST_CASE_FIXTURE(Problem, "backward") {
 }
 
 TEST_CASE_FIXTURE(Problem, "a workspace of the caller's serves backward and steps") {
-  Array dv(x.v.size()), again(x.v.size());
-  const Array d_o(x.v.size(), 1.0);
+  Array dv(x.v.count()), again(x.v.count());
+  const Array d_o(x.v.count(), 1.0);
   const fwp::cotangents from{{d_o.data(), {B, T, H, V}}};
   fwp::gradients to;
   to.dv = {dv.data(), {B, T, H, V}};
@@ -106,7 +105,7 @@ TEST_CASE_FIXTURE(Problem, "a workspace of the caller's serves backward and step
 }
 
 TEST_CASE_FIXTURE(Problem, "checkpoints") {
-  Array checkpoints(reference::count(fwp::checkpoints(in)));
+  Array checkpoints(fwp::checkpoints(in));
   fwp::outputs out = outputs();
   out.checkpoints = {checkpoints.data(), {fwp::checkpoints(in)}};
   fwp::delta_fwd(in, out, options);
@@ -122,7 +121,7 @@ TEST_CASE_FIXTURE(Problem, "one sequence after the other in a packed batch") {
   packed.cu_seqlens = {cu_seqlens, {4}};
   Array states(3 * H * K * V, -1.0), whole(T * H * V);
   fwp::linear_fwd(packed, {{whole.data(), {1, T, H, V}}, {states.data(), {3, H, K, V}}});
-  for (int64_t i = H * K * V; i < 2 * H * K * V; ++i) CHECK(states[reference::count(i)] == 0);  // the empty sequence
+  for (int64_t i = H * K * V; i < 2 * H * K * V; ++i) CHECK(states[i] == 0);  // the empty sequence
 
   packed.q = {x.q.data() + 4 * H * K, {1, T - 4, H, K}};
   packed.k = {x.k.data() + 4 * H * K, {1, T - 4, H, K}};

@@ -1,5 +1,5 @@
-// The rule texts on plain doubles, one value column: a block of C tokens is C tokens of the recurrence, and its backward
-// text is its slope.
+// The rule texts on plain doubles, one value column: a block of C tokens is C tokens of the recurrence, and its
+// backward text is its slope.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
@@ -79,7 +79,7 @@ struct Block {
   // Gradients in the order of Inputs' members.
   Inputs backward(const reference::Outputs& dy) const {
     Inputs grad{{1, C, 1, K, 1}, kDecay<Decay>, Array(C * K), Array(C * K), Array(C), Array(C), {}, Array(K)};
-    grad.g.resize(!Decay::decays ? 0 : Decay::per_channel ? C * K : C);
+    grad.g = Array(!Decay::decays ? 0 : Decay::per_channel ? C * K : C);
     double Z[C] = {}, p[C], de[C];
     for (int t = 0; t < C; ++t)
       for (int d = 0; d < K; ++d) Z[t] += kw[d][t] * dy.hT[d];
@@ -141,7 +141,7 @@ TEST_CASE_TEMPLATE("a block", X, Case<Linear, NoDecay, 1>, Case<Linear, NoDecay,
     const reference::Outputs dy{random.normal(X::C), random.normal(kChannels)};
     const Inputs grad = block.backward(dy);
     for (auto input : {&Inputs::q, &Inputs::k, &Inputs::v, &Inputs::beta, &Inputs::g, &Inputs::h0}) {
-      const Array direction = random.normal(static_cast<int64_t>((x.*input).size()));
+      const Array direction = random.normal((x.*input).count());
       const double expected = reference::slope(kRule<Rule>, x, input, direction, dy, 1);
       CHECK(reference::dot(grad.*input, direction) == doctest::Approx(expected).epsilon(1e-7));
     }

@@ -12,9 +12,9 @@
  *   - Returns FWP_OK (0) or an error code; fwp_last_error() then holds the message for this thread.
  *   - Nothing is computed and no output is touched before every check has passed. After FWP_INTERRUPTED
  *     the contents of the outputs are unspecified.
- *   - Tensors are DLPack tensors on the CPU. Strides count elements; any strides on the leading axes are
- *     read in place, the last axis must be contiguous (stride 1, or size at most 1). strides == NULL means
- *     compact row-major. An absent tensor is a NULL pointer.
+ *   - Tensors are DLPack tensors on the CPU. Strides count elements; any strides on B, N, T and H are read in
+ *     place, and on the K axis of a state; the last axis of size K or V must be contiguous (stride 1, or size at
+ *     most 1). strides == NULL means compact row-major. An absent tensor is a NULL pointer.
  *   - q, k, v share one dtype, float32 or float64; beta and g have that dtype or float32. Accumulation and
  *     states are float32 (float64 for float64). o has v's dtype, each gradient has its input's dtype.
  *   - Inputs may alias each other. Outputs may not overlap an input or another output.
@@ -22,7 +22,8 @@
  *     for one instruction set level and build.
  *   - workspace: NULL (the library allocates), or memory aligned to 64 bytes of at least the size that the
  *     *_workspace query of the same call returned. stream: NULL for CPU tensors.
- *   - Structs start with struct_size; set it with the FWP_..._INIT macros, so that fields can be added later.
+ *   - Structs start with struct_size; set it with the FWP_..._INIT macros, so that fields can be added later. Fields
+ *     beyond those that this version knows must be zero.
  */
 #ifndef FWP_H
 #define FWP_H
@@ -207,14 +208,15 @@ FWP_API int fwp_abi_version(void) FWP_NOEXCEPT;
 FWP_API const char* fwp_version(void) FWP_NOEXCEPT;
 FWP_API const char* fwp_compiler(void) FWP_NOEXCEPT;
 
-/* Threads used by a call, at least 1. Starts from FWP_NUM_THREADS, then OMP_NUM_THREADS, then the affinity
- * mask and the cgroup quota. */
+/* Threads used by a call, 1 to 256 (more count as 256). Starts from FWP_NUM_THREADS, then OMP_NUM_THREADS, then the
+ * affinity mask and the cgroup quota. */
 FWP_API int fwp_set_num_threads(int threads) FWP_NOEXCEPT;
 FWP_API int fwp_get_num_threads(void) FWP_NOEXCEPT;
 
 /* Instruction set levels, best last: "base", "v3" (AVX2, FMA), "v4" (AVX-512) or "base", "neon". The list of
  * those built and present in this machine ends with NULL. fwp_use_isa switches the whole process at once;
- * FWP_ISA sets the first choice. fwp_isa_calls counts the calls that ran at a level. */
+ * FWP_ISA sets the first choice; if it names none of the list, fwp_isa returns NULL and scans fail with
+ * FWP_ARGUMENT_ERROR until a level is chosen. fwp_isa_calls counts the calls that ran at a level. */
 FWP_API const char* const* fwp_available_isas(void) FWP_NOEXCEPT;
 FWP_API const char* fwp_isa(void) FWP_NOEXCEPT;
 FWP_API int fwp_use_isa(const char* name) FWP_NOEXCEPT;

@@ -145,8 +145,7 @@ void bwd(Backward* backward, const inputs& in, const cotangents& from, const gra
   const pointer d_o(from.d_o), d_hT(from.d_hT), checkpoints(from.checkpoints);
   const fwp_cotangents cotangents{sizeof(fwp_cotangents), d_o.get(), d_hT.get(), checkpoints.get()};
   const pointer dq(to.dq), dk(to.dk), dv(to.dv), dbeta(to.dbeta), dg(to.dg), dh0(to.dh0);
-  const fwp_gradients gradients{sizeof(fwp_gradients), dq.get(), dk.get(), dv.get(),
-                                dbeta.get(),           dg.get(), dh0.get()};
+  const fwp_gradients gradients{sizeof(fwp_gradients), dq.get(), dk.get(), dv.get(), dbeta.get(), dg.get(), dh0.get()};
   const fwp_options settings = c_options(options);
   with_inputs(in, [&](const fwp_inputs* inputs) {
     return backward(&settings, inputs, &cotangents, &gradients, scratch.data, scratch.bytes, nullptr);

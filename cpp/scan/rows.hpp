@@ -1,0 +1,152 @@
+// The caller's memory, read and written row by row: everything behind these functions is staged in the accumulation type,
+// padded to whole packs.
+//
+// Tile is the machine (cpp/cpu/tiles.hpp): packs of T and the passes over a tile of the state.
+#pragma once
+
+#include "geometry.hpp"
+#include "problem.hpp"
+
+namespace fwp {
+namespace {
+
+// The rows of one head of one sequence, by token.
+struct HeadRows {
+  char* data = nullptr;  // nullptr: absent
+  int64_t stride = 0;    // bytes
+  DType dtype = DType::f32;
+  char* at(int64_t t) const { return data + t * stride; }
+};
+
+inline HeadRows head_rows(const Rows& r, const Sequence& seq, int64_t h) {
+  if (!r.data) return {};
+  const int64_t item = r.dtype == DType::f64 ? 8 : 4;
+  return {static_cast<char*>(r.data) + item * (seq.b * r.b + seq.begin * r.t + h / r.group * r.h), item * r.t, r.dtype};
+}
+
+// One head of one sequence.
+struct Head {
+  HeadRows q, k, v, beta, g, o, d_o, dq, dk, dv;
+};
+
+inline Head head(const Problem& p, const Sequence& seq, int64_t h) {
+  const auto rows = [&](const Rows& r) { return head_rows(r, seq, h); };
+  return {rows(p.q), rows(p.k),   rows(p.v),  rows(p.beta), rows(p.g),
+          rows(p.o), rows(p.d_o), rows(p.dq), rows(p.dk),   rows(p.dv)};
+}
+
+// Asks for the rows of tokens [begin, end) of neighbouring heads, token by token, a little at every step. In a [B,T,H,K]
+// array that walks through memory in order; left to themselves, heads would each stride through it at a fraction of the
+// bandwidth. All at once would only fill the queues of the memory.
+class Prefetch {
+ public:
+  Prefetch(const Problem& p, const Head* heads, int64_t count, int64_t begin, int64_t end, int64_t steps)
+      : heads_(heads), count_(count), begin_(begin), rows_((end - begin) * count), per_step_((rows_ + steps - 1) / steps) {
+    const int64_t item = p.dtype == DType::f64 ? 8 : 4;
+    keys_ = p.K * item;
+    values_ = p.V * item;
+  }
+
+  // Always inline: GCC takes a function that only prefetches for one without effect and drops the call.
+  FWP_HD void step() {
+    for (const int64_t end = next_ + per_step_ < rows_ ? next_ + per_step_ : rows_; next_ < end; ++next_) {
+      const Head& head = heads_[next_ % count_];
+      const int64_t t = begin_ + next_ / count_;
+      lines(head.q, t, keys_);
+      lines(head.k, t, keys_);
+      lines(head.v, t, values_);
+      lines(head.o, t, values_);
+      lines(head.d_o, t, values_);
+      lines(head.dq, t, keys_);
+      lines(head.dk, t, keys_);
+      lines(head.dv, t, values_);
+    }
+  }
+
+ private:
+  FWP_HD static void lines(const HeadRows& rows, int64_t t, int64_t bytes) {
+    constexpr int64_t kLine = 64;
+    if (!rows.data) return;
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(rows.at(t) + at, 0, 2);
+  }
+
+  const Head* heads_;
+  int64_t count_, begin_, rows_, per_step_, keys_, values_, next_ = 0;
+};
+
+template <class T>
+void fill(T* to, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) to[i] = value;
+}
+
+// n numbers, times a factor, and zeros up to padded.
+template <class Tile, class T>
+void copy_in(const T* from, int64_t n, T* to, int64_t padded, T factor = 1) {
+  int64_t i = 0;
+  for (; i + Tile::kWidth <= n; i += Tile::kWidth)
+    Tile::store(to + i, Tile::load_unaligned(from + i) * Tile::broadcast(factor));
+  for (; i < n; ++i) to[i] = from[i] * factor;
+  for (; i < padded; ++i) to[i] = 0;
+}
+
+template <class Tile, class T>
+void copy_out(const T* from, int64_t n, T* to) {
+  int64_t i = 0;
+  for (; i + Tile::kWidth <= n; i += Tile::kWidth) Tile::store_unaligned(to + i, Tile::load(from + i));
+  for (; i < n; ++i) to[i] = from[i];
+}
+
+// n numbers of a row, widened to T; beta and g may be narrower than q.
+template <class Tile, class T>
+void stage_row(const HeadRows& rows, int64_t t, int64_t first, int64_t n, T* to, int64_t padded, T factor = 1) {
+  if (rows.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32))
+    return copy_in<Tile>(reinterpret_cast<const T*>(rows.at(t)) + first, n, to, padded, factor);
+  const float* narrow = reinterpret_cast<const float*>(rows.at(t)) + first;
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(narrow[i]) * factor;
+  for (int64_t i = n; i < padded; ++i) to[i] = 0;
+}
+
+inline int64_t tile_width(const Problem& p, const Geometry& g, int64_t tile) {
+  const int64_t left = p.V - tile * g.columns;
+  return left < g.columns ? left : g.columns;
+}
+
+// The value columns of one tile for n tokens from t on, zero rows after them.
+template <class Tile, int C, class T>
+void stage_columns(const HeadRows& rows, int64_t t, int n, const Problem& p, const Geometry& g, int64_t tile, T* to) {
+  const int64_t width = tile_width(p, g, tile);
+  for (int i = 0; i < n; ++i)
+    stage_row<Tile>(rows, t + i, tile * g.columns, width, to + i * Tile::kColumns, Tile::kColumns);
+  fill<T>(to + n * Tile::kColumns, (C - n) * Tile::kColumns, 0);
+}
+
+// A tile of a state. Rows K.. and columns beyond V are zero and stay zero.
+template <class Tile, class T>
+void load_tile(const States& s, int64_t n, int64_t h, const Problem& p, const Geometry& g, int64_t tile, T* S) {
+  if (!s.data) return fill<T>(S, g.ld * g.columns, 0);
+  const T* from = static_cast<const T*>(s.data) + n * s.n + h * s.h + tile * g.columns;
+  for (int64_t d = 0; d < p.K; ++d)
+    copy_in<Tile>(from + d * s.k, tile_width(p, g, tile), S + d * g.columns, g.columns);
+  fill<T>(S + p.K * g.columns, (g.ld - p.K) * g.columns, 0);
+}
+
+template <class Tile, class T>
+void store_tile(const T* S, const Problem& p, const Geometry& g, int64_t tile, const States& s, int64_t n, int64_t h) {
+  if (!s.data) return;
+  T* to = static_cast<T*>(s.data) + n * s.n + h * s.h + tile * g.columns;
+  for (int64_t d = 0; d < p.K; ++d) copy_out<Tile>(S + d * g.columns, tile_width(p, g, tile), to + d * s.k);
+}
+
+// g = -inf clears the state; only that: a strong finite gate is a product like any other.
+inline bool is_reset(const HeadRows& g, int64_t t, int64_t channel) {
+  return g.dtype == DType::f64 ? reinterpret_cast<const double*>(g.at(t))[channel] == -__builtin_inf()
+                               : reinterpret_cast<const float*>(g.at(t))[channel] == -__builtin_inff();
+}
+inline bool any_reset(const HeadRows& g, int64_t t, int64_t channels) {
+  bool any = false;
+  for (int64_t d = 0; d < channels; ++d) any |= is_reset(g, t, d);
+  return any;
+}
+
+}  // namespace
+}  // namespace fwp

@@ -1,0 +1,71 @@
+"""Memory: how much a call takes, and what happens when there is none."""
+
+import os
+
+import pytest
+from processes import run_python
+
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+
+# States of all tokens would take 2.6 GB here. Inputs are the same at every token, to leave the results alone.
+GRADIENTS_OF_A_LONG_SCAN = """
+import resource
+import numpy as np
+import fwp_core as fwp
+from cases import gradients, make_case, scan
+
+T = 20000
+case = make_case("delta", "channel", B=1, T=1, heads=(2, 2, 2), K=128, V=128)
+per_token = ("q", "k", "v", "beta", "g", "do")
+case = case.but(**{name: np.broadcast_to(getattr(case, name), (1, T, *getattr(case, name).shape[2:]))
+                   for name in per_token})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+results = [gradients(case), fwp.vjp(fwp.delta_rule, *case.inputs, **case.options)]
+results.append(results[1][1](case.do, case.dfinal_state))
+taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+given = sum(x.nbytes for grads in (results[0], results[2]) for x in grads) + results[1][0][0].nbytes
+print((taken - given) / 2**20)
+"""
+
+
+def test_memory_does_not_grow_with_tokens_times_state():
+    """Beside the results: checkpoints, some numbers per token and value column (here 20 MB), and scratch."""
+    done = run_python(GRADIENTS_OF_A_LONG_SCAN)
+    assert float(done.stdout) < 120, done.stderr
+
+
+NO_MEMORY = """
+import resource
+import numpy as np
+import fwp_core as fwp
+from cases import SCAN, gradients, make_case, scan
+
+case = make_case("delta", B=1, T=3, heads=(1, 1, 1), K=60000, V=16)
+small = make_case("delta")
+expected = scan(small)
+out, final = np.full_like(case.do, 7), np.full_like(case.initial_state, 7)
+inputs_and_state = (*case.inputs, case.initial_state)
+grads = fwp.Gradients(*(None if x is None else np.full_like(x, 7) for x in inputs_and_state))
+inputs = case.map(np.copy)
+with open("/proc/self/statm") as statm:
+    used = int(statm.read().split()[0]) * resource.getpagesize()
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, hard))  # a state takes 4 MB
+refused = 0
+for call in (lambda: scan(case, out=out, final_state_out=final), lambda: gradients(case, out=grads)):
+    try:
+        call()
+    except MemoryError:
+        refused += 1
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+untouched = all((x == 7).all() for x in (out, final, *grads) if x is not None)
+unchanged = all((x == y).all() for x, y in zip(case.arrays.values(), inputs.arrays.values()))
+usable = all(np.array_equal(x, y) for x, y in zip(scan(small), expected))
+scan(case, out=out, final_state_out=final)
+print(refused, untouched, unchanged, usable, bool((out != 7).all()))
+"""
+
+
+def test_out_of_memory_leaves_everything_as_it_was():
+    done = run_python(NO_MEMORY, MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536")
+    assert done.stdout.split() == ["2", "True", "True", "True", "True"], done.stderr
