@@ -211,7 +211,8 @@ struct ForwardPlan {
 
 // The gradients a backward pass has to deliver, in one order.
 struct Field {
-  const Rows Problem::*to;
+  Rows Problem::*from;  // the input
+  Rows Problem::*to;
   GradientRows HeadGradients::*rows;
   int64_t width;    // numbers per row
   int64_t columns;  // of a part, where each part of a head has its own; 0: each has a share of the whole row
@@ -232,16 +233,16 @@ struct BackwardPlan {
   BackwardPlan(const Problem& p, const Kernels& k) : g(k.geometry(p)), shares(p, g, g.together) {
     shares_per_head = shares.parts_per_tile_row;
     const int64_t dg_width = p.decay == Decay::channel ? p.K : 1;
-    fields[0] = {&Problem::dq, &HeadGradients::dq, p.K, 0, false};
-    fields[1] = {&Problem::dk, &HeadGradients::dk, p.K, 0, false};
-    fields[2] = {&Problem::dv, &HeadGradients::dv, p.V, shares.tiles * g.columns, false};
-    fields[3] = {&Problem::dbeta, &HeadGradients::dbeta, 1, 0, false};
-    fields[4] = {&Problem::dg, &HeadGradients::dg, dg_width, 0, false};
+    fields[0] = {&Problem::q, &Problem::dq, &HeadGradients::dq, p.K, 0, false};
+    fields[1] = {&Problem::k, &Problem::dk, &HeadGradients::dk, p.K, 0, false};
+    fields[2] = {&Problem::v, &Problem::dv, &HeadGradients::dv, p.V, shares.tiles * g.columns, false};
+    fields[3] = {&Problem::beta, &Problem::dbeta, &HeadGradients::dbeta, 1, 0, false};
+    fields[4] = {&Problem::g, &Problem::dg, &HeadGradients::dg, dg_width, 0, false};
     partial_numbers = 0;
-    for (Field& f : fields) {
-      const Rows& to = p.*f.to;
-      f.direct = to.group == 1 && to.dtype == p.dtype && (f.columns || shares_per_head == 1);
-      if (to.data && !f.direct) partial_numbers += partial_width(f) * g.window;
+    for (Field& f : fields) {  // by the inputs, so that a query for the workspace needs no gradients
+      const Rows& from = p.*f.from;
+      f.direct = from.group == 1 && from.dtype == p.dtype && (f.columns || shares_per_head == 1);
+      if (from.data && !f.direct) partial_numbers += partial_width(f) * g.window;
     }
     threads = useful_threads(p, g.together * shares.per_sequence);
     scratch = (k.backward_scratch(p, g, shares.heads) + 63) / 64 * 64;

@@ -85,12 +85,13 @@ struct Block {
       for (int d = 0; d < K; ++d) Z[t] += kw[d][t] * dy.hT[d];
     block_bwd<Rule, C>(Z, M, P, dy.o.data(), beta, p, de);
 
+    const double unused = std::nan("");  // by a rule that does not predict
     double dM[C * C], dP[C * C];
     for (int t = 0; t < C; ++t) {
       grad.v[t] = de[t];
       grad.beta[t] = p[t] * e[t];
       for (int i = 0; i < C; ++i) {
-        dM[t * C + i] = Rule::predicts ? -de[t] * u[i] : 0;
+        dM[t * C + i] = Rule::predicts ? -de[t] * u[i] : unused;
         dP[t * C + i] = dy.o[t] * u[i];
       }
     }
@@ -99,11 +100,11 @@ struct Block {
       grad.h0[d] = A[d] * dy.hT[d];
       for (int t = 0; t < C; ++t) {
         dqr[t] = dy.o[t] * S0[d];
-        dkr[t] = Rule::predicts ? -de[t] * S0[d] : 0;
+        dkr[t] = Rule::predicts ? -de[t] * S0[d] : unused;
         dkw[t] = u[t] * dy.hT[d];
         grad.h0[d] += qr[d][t] * dy.o[t] - (Rule::predicts ? kr[d][t] * de[t] : 0);
       }
-      decay_block_bwd<Decay, C>(k[d], q[d], a[d], dkr, dqr, dkw, dM, dP, dy.hT[d] * S0[d], dk, dq, dg);
+      decay_block_bwd<Decay, Rule::predicts, C>(k[d], q[d], a[d], dkr, dqr, dkw, dM, dP, dy.hT[d] * S0[d], dk, dq, dg);
       for (int t = 0; t < C; ++t) {
         grad.k[t * K + d] = dk[t];
         grad.q[t * K + d] = dq[t];

@@ -15,7 +15,7 @@ import numpy as np
 import fwp_core as fwp
 
 from . import positive_int
-from .retrieval import Adam, Array, Episodes, SlowNetwork, draw_episodes, retrieval_loss
+from .retrieval import Adam, Array, Episodes, SlowNetwork, Write, draw_episodes, retrieval_loss
 
 # Setting 2 of the paper: S, d_key, batch size and Adam's step size are its own.
 SYMBOLS = 20
@@ -76,16 +76,6 @@ class Check(NamedTuple):
     @property
     def passed(self) -> bool:
         return self.error < self.tolerance
-
-
-class Write(NamedTuple):
-    """One write that replaces the value of a key, and what the memory holds around it."""
-
-    key: int
-    held: list[int]  # the values given to the key, in order; the last one by this write
-    before: Array  # [K,S] fast weight
-    after: Array  # [K,S]
-    answer: Array  # [S] what the key is answered with after the write
 
 
 def rules() -> tuple[Rule, Rule]:

@@ -10,8 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .demo import Write
-    from .retrieval import Array
+    from .retrieval import Array, Write
 
 COLOURS = {"linear": "#c44e52", "delta": "#2a6f97"}
 GREY = "#555555"

@@ -36,6 +36,16 @@ def draw_episodes(rng: np.random.Generator, count: int, symbols: int) -> Episode
     return Episodes(keys, values, answers)
 
 
+class Write(NamedTuple):
+    """One write that replaces the value of a key, and what the memory holds around it."""
+
+    key: int
+    held: list[int]  # the values given to the key, in order; the last one by this write
+    before: Array  # [K,S] fast weight
+    after: Array  # [K,S]
+    answer: Array  # [S] what the key is answered with after the write
+
+
 class Tokens(NamedTuple):
     """What the slow network emits: T = L writes followed by S reads, one head.
 
