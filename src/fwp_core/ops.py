@@ -316,10 +316,13 @@ def vjp(
     else:
         raise ArgumentError(f"fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got {fn!r}")
 
+    # Checkpoints hold for the level they were made at; without them the pullback makes its own.
     level = _core.isa()
     o, final_state, checkpoints = forward(
         q, k, v, beta, g, scale, initial_state, cu_seqlens, out, final_state_out, True
     )
+    if _core.isa() != level:
+        checkpoints = None
 
     def pullback(do: Array, dfinal_state: Array | None = None, out: Gradients | None = None) -> Gradients:
         kept = checkpoints if _core.isa() == level else None
