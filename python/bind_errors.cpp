@@ -56,6 +56,10 @@ void raise(int code, const std::string& message) {
 }
 
 void check(int status) {
+  if (status != FWP_OK) raise(status, fwp_last_error());
+}
+
+void check_scan(int status) {
   if (status == FWP_OK) return;
   if (PyErr_Occurred() != nullptr) throw py::error_already_set();  // what interrupted the call
   raise(status, python_names(fwp_last_error()));

@@ -58,6 +58,10 @@ struct Inputs {
 double number(const char* name, py::handle object) {
   const double value = PyFloat_AsDouble(object.ptr());
   if (value == -1 && PyErr_Occurred() != nullptr) {
+    if (PyErr_ExceptionMatches(PyExc_OverflowError) != 0) {
+      PyErr_Clear();
+      raise(FWP_ARGUMENT_ERROR, std::string(name) + ": expected a number in the range of float64, got a larger one");
+    }
     clear_type_error();
     raise(FWP_DTYPE_ERROR, std::string(name) + ": expected a number, got " + Py_TYPE(object.ptr())->tp_name);
   }
@@ -87,7 +91,7 @@ fwp_options scan_options(py::handle scale) {
 int64_t check_inputs(const Inputs& in, const fwp_options& options) {
   const fwp_inputs inputs = in.tensors();
   int64_t checkpoints = 0;
-  check(fwp_checkpoints(&options, &inputs, &checkpoints));
+  check_scan(fwp_checkpoints(&options, &inputs, &checkpoints));
   return checkpoints;
 }
 
@@ -106,7 +110,7 @@ void run(const Call& call, Inputs& inputs, std::initializer_list<Array*> others)
     for (Array* array : others) copied |= array->make_contiguous();
     if (copied) status = without_gil();
   }
-  check(status);
+  check_scan(status);
   for (Array* array : others) array->copy_back();
 }
 
@@ -189,7 +193,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::h
   const fwp_options options{sizeof options, number("scale", scale), nullptr, nullptr};
   const fwp_inputs checked = in.tensors();
   size_t bytes = 0;
-  check(rule.step_workspace(&options, &checked, &bytes));
+  check_scan(rule.step_workspace(&options, &checked, &bytes));
 
   Array S, o;
   S.write("state", state);

@@ -10,8 +10,9 @@ namespace fwp::python {
 // Raises the exception of this code.
 [[noreturn]] void raise(int code, const std::string& message);
 
-// Raises what a function of fwp.h reported, with arguments under their Python names; FWP_OK passes.
+// Raises what a function of fwp.h reported; FWP_OK passes. check_scan gives the arguments their Python names.
 void check(int status);
+void check_scan(int status);
 
 // Forgets a pending TypeError, for a better message to follow; throws any other pending error.
 void clear_type_error();

@@ -235,7 +235,7 @@ def test_settings(message):
     assert fwp.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("name", ["v9", "", "V4", "base "])
+@pytest.mark.parametrize("name", ["v9", "", "V4", "base ", "o", "base\0"])
 def test_unknown_isa(name):
     level = fwp.isa()
     known = ", ".join(fwp.available_isas())

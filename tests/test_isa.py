@@ -111,3 +111,56 @@ def test_a_switch_mid_way_keeps_arrays_usable():
         again = scan(case.but(initial_state=state))
     for x, y in zip(first, again, strict=True):
         assert_bits_equal(x, y)
+
+
+def test_one_context_can_be_entered_again():
+    first, last = LEVELS[0], LEVELS[-1]
+    with fwp.use_isa(last):
+        context = fwp.use_isa(first)
+        for _ in range(2):
+            fwp.use_isa(last)
+            with context:
+                assert fwp.isa() == first
+            assert fwp.isa() == last
+
+
+@pytest.mark.parametrize("name", [None, 3, b"base"])
+def test_a_level_is_a_string(name):
+    level = fwp.isa()
+    with pytest.raises(fwp.DTypeError, match=f"^name: expected a string, got {type(name).__name__}$"):
+        fwp.use_isa(name)
+    assert fwp.isa() == level
+
+
+def test_an_unknown_first_choice_can_be_seen_and_repaired():
+    """FWP_ISA names no level: scans say so, show_config and use_isa still work."""
+    code = """
+import numpy as np
+import fwp_core as fwp
+x = np.ones((1, 1, 1, 1))
+config = fwp.show_config(mode="dict")
+assert config["isa"] is None and config["block_size"] == 0, config
+try:
+    fwp.linear_attention(x, x, x)
+except fwp.ArgumentError as error:
+    print(error)
+fwp.use_isa("base")
+print(fwp.isa(), fwp.linear_attention(x, x, x)[0].item())
+"""
+    said, works = run_python(code, FWP_ISA="bogus").stdout.splitlines()
+    assert said.startswith("FWP_ISA: expected one of base") and said.endswith("got bogus")
+    assert works == "base 1.0"
+
+
+def test_checkpoints_of_another_level_are_not_used():
+    if len(LEVELS) < 2:
+        pytest.skip("one level only")
+    case = make_case("delta", "scalar", T=200, K=64, V=64)
+    results = {}
+    for made, used in ((LEVELS[0], LEVELS[-1]), (LEVELS[-1], LEVELS[-1])):
+        with fwp.use_isa(made):
+            _, pullback = fwp.vjp(fwp.delta_rule, *case.inputs, **case.options)
+        with fwp.use_isa(used):
+            results[made] = pullback(case.do, case.dfinal_state)
+    for x, y in zip(*results.values(), strict=True):
+        assert_bits_equal(x, y)

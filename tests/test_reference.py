@@ -84,3 +84,21 @@ def test_softmax_attention_default_scale_and_large_scores():
     )
     assert np.isfinite(reference.softmax_attention(1e6 * case.q, case.k, case.v)).all()
     assert reference.softmax_attention(case.q[:, :0], case.k[:, :0], case.v[:, :0]).shape == (2, 0, 2, 16)
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "delta_rule"])
+def test_a_reset_clears_even_nan(name):
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 1, 5, 1, 3))
+    v[0, 1] = np.nan
+    g = np.zeros((1, 5, 1))
+    g[0, 3] = -np.inf
+    o, state = getattr(reference, name)(q, k, v, np.ones((1, 5, 1)), g)
+    assert np.isnan(o[0, 1:3]).all()
+    assert np.isfinite(o[0, [0, 3, 4]]).all() and np.isfinite(state).all()
+
+
+def test_packed_sequences_need_one_batch():
+    x = np.zeros((2, 3, 1, 1))
+    with pytest.raises(ValueError, match="^cu_seqlens: expected B=1 for packed sequences, got B=2$"):
+        reference.linear_attention(x, x, x, cu_seqlens=[0, 3])

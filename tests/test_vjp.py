@@ -114,3 +114,14 @@ def test_do_is_checked():
     _, pullback = vjp(case)
     with pytest.raises(ValueError, match="do"):
         pullback(case.do[:, 1:])
+
+
+def test_the_offsets_are_the_pullbacks_own():
+    case = make_case("delta", B=1, T=9)
+    for offsets in ([0, 4, 9], np.array([0, 4, 9])):
+        options = case.options | {"cu_seqlens": offsets, "initial_state": None}
+        _, pullback = fwp.vjp(fwp.delta_rule, *case.inputs, **options)
+        before = pullback(case.do)
+        offsets[1] = 7
+        for x, y in zip(before, pullback(case.do), strict=True):
+            assert (x is None and y is None) or x.tobytes() == y.tobytes()

@@ -35,6 +35,18 @@ struct Level {
   std::atomic<uint64_t> calls;
 };
 
+#if defined(FWP_HAS_v3) || defined(FWP_HAS_v4)
+// By features: not every compiler knows the names of the x86-64 levels.
+bool has_v3() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+}
+bool has_v4() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // Every level that is built and that this machine has, best last.
 struct Levels {
   static constexpr int kMost = 4;
@@ -48,10 +60,10 @@ struct Levels {
     add(kernels_base);
 #endif
 #if defined(FWP_HAS_v3)
-    if (__builtin_cpu_supports("x86-64-v3")) add(kernels_v3);
+    if (has_v3()) add(kernels_v3);
 #endif
 #if defined(FWP_HAS_v4)
-    if (__builtin_cpu_supports("x86-64-v4")) add(kernels_v4);
+    if (has_v3() && has_v4()) add(kernels_v4);
 #endif
 #if defined(FWP_HAS_neon)
     add(kernels_neon);
@@ -158,23 +170,27 @@ const Kernels& count_call(int level) {
 
 size_t item_size(const Problem& p) { return p.dtype == DType::f64 ? 8 : 4; }
 
-// How heads and tiles are shared out: neighbouring heads together, as many as leave every thread a part and fit into the
-// second-level cache; the tiles of a head apart only where there are few heads, since they share the staged keys.
+// How heads and tiles are shared out: neighbouring heads together, as many as leave every thread a part and fit into
+// the second-level cache; the tiles of a head apart only where there are few heads, since they share the staged keys.
+// Sums over the tiles of a head must not depend on that, so they are cut in one way only, into single tiles (added one
+// by one), or, to bound the partial sums of very many tiles, always into kMostShares groups.
 struct Shares {
-  int64_t heads, tiles;                   // of a part
+  int64_t heads, tiles;                      // of a part
   int64_t parts_per_tile_row, per_sequence;  // parts
 
   Shares(const Problem& p, const Geometry& g, int64_t sequences) {
     const int64_t threads = p.threads, all = sequences * p.H;
     const int64_t cached = std::max<int64_t>(1, kCachedStates / std::max<int64_t>(1, g.tiles * g.ld * g.columns));
     const bool few = all < 2 * threads;
-    tiles = few && g.tiles ? 1 : g.tiles;
+    const int64_t group = (g.tiles + kMostShares - 1) / kMostShares;
+    tiles = few || group > 1 ? group : g.tiles;
     heads = few ? 1 : std::max<int64_t>(1, std::min({(all + threads - 1) / threads, cached, p.H}));
     parts_per_tile_row = tiles ? (g.tiles + tiles - 1) / tiles : 0;
     per_sequence = (p.H + heads - 1) / heads * parts_per_tile_row;
   }
 
   static constexpr int64_t kCachedStates = 64 * 1024;  // numbers
+  static constexpr int64_t kMostShares = 16;
 };
 
 struct ForwardPlan {
@@ -203,17 +219,16 @@ struct ForwardPlan {
       part.tile_end = std::min(part.tile_begin + shares.tiles, g.tiles);
       part.slot = first_slot(p, g, part.n) - slot;
       part.output = output;
-      k.forward(p, g, part, static_cast<char*>(workspace) + static_cast<size_t>(worker) * scratch,
-                interruption.stop());
+      k.forward(p, g, part, static_cast<char*>(workspace) + static_cast<size_t>(worker) * scratch, interruption.stop());
     });
   }
 };
 
 // The gradients a backward pass has to deliver, in one order.
 struct Field {
-  Rows Problem::*from;  // the input
-  Rows Problem::*to;
-  GradientRows HeadGradients::*rows;
+  Rows Problem::* from;  // the input
+  Rows Problem::* to;
+  GradientRows HeadGradients::* rows;
   int64_t width;    // numbers per row
   int64_t columns;  // of a part, where each part of a head has its own; 0: each has a share of the whole row
   bool direct;      // one part alone makes each row, in its final type: no partial sums
@@ -265,13 +280,13 @@ struct BackwardMemory {
     Workspace w(base);
     const auto take = [&](size_t bytes) { return static_cast<char*>(w.take(bytes)); };
     const size_t heads = static_cast<size_t>(plan.g.together * p.H), shares = static_cast<size_t>(plan.shares_per_head);
-    checkpoints = p.checkpoints ? nullptr
-                                : take(static_cast<size_t>(plan.slots * p.H * plan.g.tiles) * plan.tile_bytes);
+    checkpoints =
+        p.checkpoints ? nullptr : take(static_cast<size_t>(plan.slots * p.H * plan.g.tiles) * plan.tile_bytes);
     D = take(heads * static_cast<size_t>(plan.g.tiles) * plan.tile_bytes);
     partial = take(heads * shares * static_cast<size_t>(plan.partial_numbers) * item_size(p));
     gradients = static_cast<HeadGradients*>(w.take(heads * shares * sizeof(HeadGradients)));
     const size_t worker = std::max(plan.scratch, p.checkpoints ? 0 : forward.scratch);
-    scratch = take(worker * static_cast<size_t>(p.threads));
+    scratch = take(worker * static_cast<size_t>(std::max(plan.threads, forward.threads)));
     used = w.used();
   }
 };
@@ -357,11 +372,13 @@ class Backward {
     });
   }
 
+  bool is_reduced(const Field& f) const { return (p_.*f.to).data && !f.direct && f.width > 0; }
+
   bool reduce(int64_t begin, int64_t end, int64_t first) {
     const Geometry& g = plan_.g;
     const int64_t pieces = plan_.threads > 1 ? 2 * plan_.threads : 1;
     bool needed = false;
-    for (const Field& f : plan_.fields) needed = needed || ((p_.*f.to).data && !f.direct);
+    for (const Field& f : plan_.fields) needed = needed || is_reduced(f);
     if (!needed) return true;
     return for_each(plan_.threads, (end - begin) * pieces, interruption_, [&](int64_t i, int) {
       ReducePart part{};
@@ -374,7 +391,7 @@ class Backward {
       part.gradients = memory_.gradients + i / pieces * p_.H * part.shares;
       for (const Field& f : plan_.fields) {
         part.to = p_.*f.to;
-        if (!part.to.data || f.direct) continue;
+        if (!is_reduced(f)) continue;
         part.field = f.rows;
         part.width = f.width;
         part.columns = f.columns;
@@ -397,7 +414,8 @@ std::atomic<int> num_threads{0};
 }  // namespace
 
 size_t forward_workspace(const Problem& p) {
-  return ForwardPlan(p, kernels(p.level), p.N).scratch * static_cast<size_t>(p.threads);
+  const ForwardPlan plan(p, kernels(p.level), p.N);
+  return plan.scratch * static_cast<size_t>(plan.threads);
 }
 
 size_t backward_workspace(const Problem& p) {

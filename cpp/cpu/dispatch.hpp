@@ -14,14 +14,14 @@ size_t backward_workspace(const Problem& problem);
 // Elements, in the accumulation type, of Problem::checkpoints.
 int64_t checkpoint_elements(const Problem& problem);
 
-// Return false if the call was interrupted. noexcept in effect: they allocate nothing and throw nothing.
+// Return false if the call was interrupted. They throw nothing and take no memory but the thread pool's own, once.
 bool forward(const Problem& problem, void* workspace);
 bool backward(const Problem& problem, void* workspace);
 
 // Instruction set levels built and present, best last, ending with nullptr.
 const char* const* available_isas();
-const char* isa();  // nullptr: FWP_ISA names a level that is unknown or absent
-int level();        // index of isa(), for Problem::level
+const char* isa();               // nullptr: FWP_ISA names a level that is unknown or absent
+int level();                     // index of isa(), for Problem::level
 bool use_isa(const char* name);  // false: unknown or absent
 uint64_t isa_calls(const char* name);
 int block_size();

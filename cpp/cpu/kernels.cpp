@@ -1,6 +1,6 @@
-// The kernels of one instruction set level. CMake compiles this file once per level with FWP_ISA set to its name and the
-// level's flags; the one symbol it exports is the table. Nothing here may be inline code shared with other objects (no
-// standard containers): the linker would be free to keep the copy that only newer machines can run.
+// The kernels of one instruction set level. CMake compiles this file once per level with FWP_ISA set to its name and
+// the level's flags; the one symbol it exports is the table. Nothing here may be inline code shared with other objects
+// (no standard containers): the linker would be free to keep the copy that only newer machines can run.
 #define FWP_JOIN_(a, b) a##b
 #define FWP_JOIN(a, b) FWP_JOIN_(a, b)
 #define FWP_STRING_(a) #a
@@ -57,6 +57,7 @@ auto with_types(const Problem& p, F f) {
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 int64_t at_least(int64_t n, int64_t least) { return n < least ? least : n; }
+int64_t at_most(int64_t n, int64_t most) { return n > most ? most : n; }
 
 template <class Tile>
 Geometry cut(const Problem& p) {
@@ -66,14 +67,15 @@ Geometry cut(const Problem& p) {
   g.columns = Tile::kColumns;
   g.tiles = (p.V + g.columns - 1) / g.columns;
   g.chunk = p.step ? 1 : kChunkBlocks * kBlock;
+  const int64_t longest = round_up(at_least(longest_sequence(p), 1), g.chunk);
   // A checkpoint is K V numbers: one every 2K tokens costs V / 2 per token, whatever K and V.
-  g.segment = round_up(at_least(2 * g.ld, 4 * g.chunk), g.chunk);
-  // Enough work between two barriers, but partial gradients that fit into the caches.
+  g.segment = at_most(round_up(at_least(2 * g.ld, 4 * g.chunk), g.chunk), longest);
+  // Enough work between two barriers, but partial gradients of usual sizes that fit into the caches.
   constexpr int64_t kParts = 32, kTokens = 4096;
   const int64_t parts = at_least(p.H * g.tiles, 1);
-  g.together = at_least(kParts / parts, 1);
-  if (g.together > p.N) g.together = at_least(p.N, 1);
-  g.window = round_up(at_least(kTokens / (g.together * parts), 1), g.segment);
+  g.together = at_least(at_most(kParts / parts, p.N), 1);
+  g.window = at_most(round_up(at_least(kTokens / (g.together * parts), 1), g.segment), round_up(longest, g.segment));
+  if (g.tiles == 0) g.window = round_up(longest, g.segment);  // nothing to do but zeros
   return g;
 }
 

@@ -11,8 +11,9 @@
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
-#include <csignal>
 #include <unistd.h>
+
+#include <csignal>
 #endif
 #if defined(__linux__)
 #include <sched.h>
@@ -23,8 +24,8 @@ namespace {
 
 constexpr int kMaxWorkers = 256;
 
-// A job's indices are given out from one counter. The next job is posted only when every worker that the last one wanted
-// has finished, so a worker that is late can only find a job that does not want it.
+// A job's indices are given out from one counter. The next job is posted only when every worker that the last one
+// wanted has finished, so a worker that is late can only find a job that does not want it.
 class Pool {
  public:
   // Serves one caller at a time.
@@ -151,10 +152,14 @@ Pool* pool() {
   return &found->pool;
 }
 
-int positive_number(const char* variable) {
+// 0: not set, or not a whole number above 0. OMP_NUM_THREADS may be a list, of which the first counts.
+int threads_from(const char* variable) {
   const char* text = std::getenv(variable);
-  const int n = text ? std::atoi(text) : 0;
-  return n > 0 ? std::min(n, kMaxWorkers) : 0;
+  if (!text) return 0;
+  char* end = nullptr;
+  const long n = std::strtol(text, &end, 10);
+  if (end == text || (*end != '\0' && *end != ',') || n <= 0) return 0;
+  return static_cast<int>(std::min<long>(n, kMaxWorkers));
 }
 
 // CPUs that the cgroup's quota (version 2, then 1) amounts to; 0: no limit found.
@@ -198,8 +203,8 @@ void parallel_for(int threads, int64_t count, const Loop& loop) {
 }
 
 int default_num_threads() {
-  if (const int n = positive_number("FWP_NUM_THREADS")) return n;
-  if (const int n = positive_number("OMP_NUM_THREADS")) return n;
+  if (const int n = threads_from("FWP_NUM_THREADS")) return n;
+  if (const int n = threads_from("OMP_NUM_THREADS")) return n;
   const int quota = cgroup_cpus(), cpus = std::min(affinity_cpus(), kMaxWorkers);
   return quota ? std::min(quota, cpus) : cpus;
 }

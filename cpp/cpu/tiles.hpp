@@ -1,5 +1,6 @@
-// The machine as cpp/scan sees it: packs, and the passes over a tile of a state that do all state-sized work. A tile S is
-// [K][kColumns], two packs wide, contiguous and aligned; rows of keys and queries are [.][ld], ld a multiple of the pack.
+// The machine as cpp/scan sees it: packs, and the passes over a tile of a state that do all state-sized work. A tile S
+// is [K][kColumns], two packs wide, contiguous and aligned; rows of keys and queries are [.][ld], ld a multiple of the
+// pack.
 //
 // Sums run over K in ascending order whatever the number of rows, so that a row's result does not depend on the rows
 // beside it.
@@ -102,8 +103,8 @@ struct Tiles {
     for (int64_t d = 0; d < ld; d += kWidth) {
       P sum[kWidth];
       const T* s = S + d * kColumns;
-      FWP_UNROLL for (int r = 0; r < kWidth; ++r)
-        sum[r] = load(s + r * kColumns) * x0 + load(s + r * kColumns + kWidth) * x1;
+      FWP_UNROLL for (int r = 0; r < kWidth; ++r) sum[r] =
+          load(s + r * kColumns) * x0 + load(s + r * kColumns + kWidth) * x1;
       store(out + d, sum_each<T>(sum));
     }
   }

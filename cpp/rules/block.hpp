@@ -19,7 +19,8 @@ FWP_HD void block_fwd(const P* R, const P* X, const T* M, const T* Pm, const P* 
   }
 }
 
-//   p_t = Z_t + sum_{j>=t} P_jt do_j - (later predictions)    de_t = dv_t = beta_t p_t    dbeta_t = sum over columns p_t e_t
+//   p_t = Z_t + sum_{j>=t} P_jt do_j - (later predictions)    de_t = dv_t = beta_t p_t    dbeta_t = sum over columns
+//   p_t e_t
 template <class Rule, int C, class P, class T>
 FWP_HD void block_bwd(const P* Z, const T* M, const T* Pm, const P* d_o, const T* beta, P* p, P* de) {
   FWP_UNROLL for (int t = C - 1; t >= 0; --t) {

@@ -1,14 +1,15 @@
 // Decay inside a block of C tokens: S' = diag(a_t) S, a_t = exp(g_t), one number or one per key channel (RFA gate,
-// RetNet, Mamba-2, GLA, Gated DeltaNet, KDA).  Texts are for one pack P of key channels; channels meet only in M, P and,
-// for a scalar gate, in dg.
+// RetNet, Mamba-2, GLA, Gated DeltaNet, KDA).  Texts are for one pack P of key channels; channels meet only in M, P
+// and, for a scalar gate, in dg.
 //
 //   kr_t = a_1..a_t k_t            how token t reads the block's first state (qr_t likewise, q carries the scale)
 //   kw_i = a_{i+1}..a_C k_i        how write i arrives in the block's last state
 //   A = a_1..a_C                   how the first state arrives there
 //   M_ti = k_t . (a_{i+1}..a_t k_i)  for i < t          P_ti = q_t . (a_{i+1}..a_t k_i)  for i <= t
 //
-// Only products of the a_t themselves occur, never quotients or differences of prefix sums: strong gates lose nothing,
-// a_t = 0 (g = -inf) is a legal reset, and every term of dg_t = <dS'_t, S'_t> carries the factor a_t.
+// Only products of the a_t themselves occur, never quotients or differences of prefix sums, and every term of
+// dg_t = <dS'_t, S'_t> carries the factor a_t: nothing cancels. A block ends before such a product could leave the
+// range of the arithmetic (scan/block.hpp).
 #pragma once
 
 struct NoDecay {
@@ -38,9 +39,9 @@ FWP_HD void decay_token_fwd(P k, P q, P a, P& A, P& kr, P& qr, P* kw, P* m, P* p
 }
 
 // Backward of the whole block: from the adjoints dkr, dqr, dkw, dM, dP (dM_ti at [t * C + i]) and, for dg, the channel
-// sums H = sum over value columns of D1 * S0, the gradients dk, dq and dg of this pack of channels. A rule that does not
-// predict has no kr and no M; leaving them out, rather than adding zeros, keeps a NaN from reaching what does not depend
-// on it.
+// sums H = sum over value columns of D1 * S0, the gradients dk, dq and dg of this pack of channels. A rule that does
+// not predict has no kr and no M; leaving them out, rather than adding zeros, keeps a NaN from reaching what does not
+// depend on it.
 template <class Decay, bool predicts, int C, class P, class T>
 FWP_HD void decay_block_bwd(const P* k, const P* q, const P* a, const P* dkr, const P* dqr, const P* dkw, const T* dM,
                             const T* dP, P H, P* dk, P* dq, P* dg) {

@@ -2,7 +2,8 @@
 //
 // Forward left a checkpoint of the state every `segment` tokens. Each segment is run forward once more, keeping the
 // state before every block, and then backward block by block with the adjoint D of the state. So every gradient,
-// dg = <dS', S'> among them, sees the state and its adjoint side by side, and memory stays O(T V) + O(segment K).
+// dg = <dS', S'> among them, sees the state and its adjoint side by side. Memory: the checkpoints, V / 2 numbers per
+// token, and what a segment and a window need, whatever T.
 #pragma once
 
 #include "forward.hpp"
@@ -18,7 +19,7 @@ struct BackwardScratch {
   T* S;       // the state before each block, and after the last
   T *e, *u;   // [segment][columns]
   T *v, *RX;  // as in forward
-  T *x;       // [2C][columns]: -de, then do
+  T* x;       // [2C][columns]: -de, then do
   T *Z, *p, *de;
   T *dkr, *dqr, *dkw, *H;  // [C][ld], H [ld]
   T *dk, *dq, *dg;
@@ -168,8 +169,9 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b
   b.reset(p, D);
 }
 
-// Tokens [t0, end) of one head: forward from the checkpoint, then backward. The scratch holds as many blocks as a segment
-// has without resets; with more, the segment is taken in several runs, the last first, each from the checkpoint on.
+// Tokens [t0, end) of one head: forward from the checkpoint, then backward. The scratch holds as many blocks as a
+// segment has without resets; with more, the segment is taken in several runs, the last first, each from the checkpoint
+// on.
 template <class Tile, class Rule, class Decay, int C>
 bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& part, BackwardScratch<Tile, Decay, C>& s,
                       const Head& head, int64_t h, int64_t t0, int64_t end, Prefetch& ahead, const Stop& stop) {
@@ -207,8 +209,9 @@ bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& p
         ahead.step();
         t -= s.blocks[b].n;
         stage_columns<Tile, C>(head.d_o, t, s.blocks[b].n, p, g, j, s.x + block_size);
-        retreat<Tile, Rule, Decay, C>(p, g, s.blocks[b], s, s.S + b * size, s.e + b * block_size, s.u + b * block_size, D,
-                                      t - part.begin, part, j, part.gradients[(h - part.head_begin) * part.next_head]);
+        retreat<Tile, Rule, Decay, C>(p, g, s.blocks[b], s, s.S + b * size, s.e + b * block_size, s.u + b * block_size,
+                                      D, t - part.begin, part, j,
+                                      part.gradients[(h - part.head_begin) * part.next_head]);
       }
     }
   return true;
@@ -224,12 +227,14 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
   const int64_t size = g.ld * g.columns;
   const auto adjoint = [&](int64_t h, int64_t j) { return static_cast<T*>(part.D) + (h * g.tiles + j) * size; };
 
-  for (int64_t b = 0; b <= g.segment / C; ++b)  // rows K.. of a tile: passes over K never write them, sums over ld read them
+  for (int64_t b = 0; b <= g.segment / C;
+       ++b)  // rows K.. of a tile: passes over K never write them, sums over ld read them
     fill<T>(s.S + b * size + p.K * g.columns, (g.ld - p.K) * g.columns, 0);
   for (int64_t h = 0; h < heads; ++h) s.heads[h] = head(p, seq, part.head_begin + h);
   if (part.end == seq.length)
     for (int64_t h = part.head_begin; h < part.head_end; ++h)
-      for (int64_t j = part.tile_begin; j < part.tile_end; ++j) load_tile<Tile>(p.d_hT, part.n, h, p, g, j, adjoint(h, j));
+      for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
+        load_tile<Tile>(p.d_hT, part.n, h, p, g, j, adjoint(h, j));
 
   const int64_t segments = (part.end - part.begin + g.segment - 1) / g.segment;
   for (int64_t i = segments - 1; i >= 0; --i) {
@@ -248,10 +253,10 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
       store_tile<Tile>(adjoint(h, j), p, g, j, p.dh0, part.n, h);
 }
 
-// One row of a gradient: the partial rows of `heads` heads, `shares` each, rounded into `out`. First the shares of a head
-// are added, then the heads, so that it does not matter how many shares a head was cut into.
+// One row of a gradient: the partial rows of `heads` heads, `shares` each, rounded into `out`. First the shares of a
+// head are added, then the heads, so that it does not matter how many shares a head was cut into.
 template <class T>
-void sum_row(const HeadGradients* gradients, GradientRows HeadGradients::*field, int64_t heads, int64_t next_head,
+void sum_row(const HeadGradients* gradients, GradientRows HeadGradients::* field, int64_t heads, int64_t next_head,
              int64_t shares, int64_t t, int64_t width, DType dtype, char* out) {
   constexpr int64_t kPiece = 64;
   T sum[kPiece], head[kPiece];

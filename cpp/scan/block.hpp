@@ -28,14 +28,22 @@ class Arena {
   size_t used_ = 0;
 };
 
-// Tokens of the block that starts at token t: C of them, but it ends before a reset (g = -inf), so that a reset is always
-// the first token of its block and can clear the state by selection: nothing of the past survives it, not even NaN.
+// Where the block that starts at token t ends: after C tokens, but before any whose gate, with those of the block so
+// far, might take a product of decays out of the range of T. So products inside a block are as good as the recurrence's
+// own steps, whatever the gates, and a gate that is not finite stands first: there a reset (g = -inf) clears the state
+// by selection, and nothing of the past survives it, not even NaN. The past alone decides: the rule is causal.
 template <class Tile, class Decay, int C>
 int block_length(const Head& head, int64_t K, int64_t t, int64_t end) {
+  using T = typename Tile::Scalar;
   const int most = end - t < C ? static_cast<int>(end - t) : C;
-  if constexpr (Decay::decays)
-    for (int i = 1; i < most; ++i)
-      if (any_reset(head.g, t + i, Decay::per_channel ? K : 1)) return i;
+  if constexpr (Decay::decays) {
+    constexpr T kRange = sizeof(T) == 8 ? 600 : 60;  // exp of it, and of minus it, leave room for the data
+    T range = 0;
+    for (int i = 0; i < most; ++i) {
+      range += gate_size<Tile, T>(head.g, t + i, Decay::per_channel ? K : 1);
+      if (i > 0 && !(range <= kRange)) return i;
+    }
+  }
   return most;
 }
 
@@ -43,17 +51,17 @@ template <class Tile, class Decay, int C>
 struct Block {
   using T = typename Tile::Scalar;
   using P = typename Tile::P;
-  T* kq;      // [2C][ld]  k_t, then scale * q_t; zero rows from token n on
-  T* kq_r;    // [2C][ld]  kr_t, then qr_t: as they read the block's first state
-  T* k_w;     // [C][ld]   kw_i: as it is written into the block's last state
-  T* a;       // [C][ld] per channel, [C] per head
-  T* A;       // [ld]
-  T* M;       // [C][C], lower triangle
-  T* P_;      // [C][C], lower triangle
-  T* beta;    // [C]
-  T* keep;    // [ld]  where the first token resets: 0 for the channels it clears, 1 for the others
+  T* kq;    // [2C][ld]  k_t, then scale * q_t; zero rows from token n on
+  T* kq_r;  // [2C][ld]  kr_t, then qr_t: as they read the block's first state
+  T* k_w;   // [C][ld]   kw_i: as it is written into the block's last state
+  T* a;     // [C][ld] per channel, [C] per head
+  T* A;     // [ld]
+  T* M;     // [C][C], lower triangle
+  T* P_;    // [C][C], lower triangle
+  T* beta;  // [C]
+  T* keep;  // [ld]  where the first token resets: 0 for the channels it clears, 1 for the others
   bool resets;
-  int n;      // tokens
+  int n;  // tokens
 
   static Block take(Arena& arena, int64_t ld) {
     Block b;
@@ -108,8 +116,10 @@ struct Block {
       for (int64_t i = 0; i < C * ld; i += Tile::kWidth) Tile::store(a + i, Tile::exp(Tile::load(a + i)));
     else
       for (int t = 0; t < C; ++t) a[t] = Tile::exp(Tile::broadcast(a[t]))[0];
-    resets = any_reset(g, t0, width);
-    for (int64_t d = 0; resets && d < ld; ++d) keep[d] = d < K && is_reset(g, t0, Decay::per_channel ? d : 0) ? 0 : 1;
+    resets = false;
+    for (int64_t d = 0; d < width; ++d) resets |= is_reset(g, t0, d);
+    if (!resets) return;
+    for (int64_t d = 0; d < ld; ++d) keep[d] = Decay::per_channel && (d >= K || !is_reset(g, t0, d)) ? 1 : 0;
   }
 
   template <int t>
@@ -120,8 +130,8 @@ struct Block {
       P kw[t + 1], kr, qr, A_t = Tile::broadcast(T(1));
       for (int i = 0; i < t; ++i) kw[i] = Tile::load(k_w + i * ld + d);
       if constexpr (Decay::decays && t > 0) A_t = Tile::load(A + d);
-      decay_token_fwd<Decay, t>(Tile::load(kq + t * ld + d), Tile::load(kq + (C + t) * ld + d), decay(t, d, ld), A_t, kr,
-                                qr, kw, x, x + t);
+      decay_token_fwd<Decay, t>(Tile::load(kq + t * ld + d), Tile::load(kq + (C + t) * ld + d), decay(t, d, ld), A_t,
+                                kr, qr, kw, x, x + t);
       if constexpr (Decay::decays) {
         Tile::store(A + d, A_t);
         Tile::store(kq_r + t * ld + d, kr);
@@ -141,8 +151,8 @@ struct Block {
 // the output o, all [C][columns]; then the tile after the block in S_out, which may be S. A reset clears S itself.
 // RX [2C][columns] is scratch.
 template <class Rule, bool output, class Tile, class Decay, int C, class T>
-void advance(const Block<Tile, Decay, C>& b, const Problem& p, int64_t ld, const T* v, T* S, T* S_out, T* RX, T* e, T* u,
-             T* o) {
+void advance(const Block<Tile, Decay, C>& b, const Problem& p, int64_t ld, const T* v, T* S, T* S_out, T* RX, T* e,
+             T* u, T* o) {
   using P = typename Tile::P;
   constexpr int W = Tile::kWidth, cols = Tile::kColumns;
   b.reset(p, S);

@@ -34,8 +34,8 @@ struct ForwardScratch {
 
 // Stages blocks from token t on, `most` at the most; returns how many, and in t the token after them.
 template <class Tile, class Decay, int C>
-int64_t stage_blocks(Block<Tile, Decay, C>* blocks, int64_t most, const Problem& p, const Geometry& g,
-                     const Head& head, int64_t& t, int64_t end) {
+int64_t stage_blocks(Block<Tile, Decay, C>* blocks, int64_t most, const Problem& p, const Geometry& g, const Head& head,
+                     int64_t& t, int64_t end) {
   int64_t count = 0;
   while (count < most && t < end) {
     const int tokens = block_length<Tile, Decay, C>(head, p.K, t, end);
@@ -92,8 +92,7 @@ void scan_forward(const Problem& p, const Geometry& g, const ForwardPart& part, 
       for (int64_t first = t0, t = t0; t < end; first = t) {
         const int64_t count = stage_blocks(s.blocks, g.chunk / C, p, g, s.heads[h], t, end);
         for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
-          if (!scan_blocks<Tile, Rule>(p, g, part, s, s.heads[h], j, first, count, state(h, j), ahead, stop))
-            return;
+          if (!scan_blocks<Tile, Rule>(p, g, part, s, s.heads[h], j, first, count, state(h, j), ahead, stop)) return;
       }
     }
   }

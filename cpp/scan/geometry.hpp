@@ -12,16 +12,16 @@ struct Geometry {
   int64_t ld = 0;       // K rounded up to whole packs: length of a staged row of keys
   int64_t columns = 0;  // value columns of a tile
   int64_t tiles = 0;
-  int64_t chunk = 0;    // tokens staged together, a multiple of block
-  int64_t segment = 0;  // tokens between checkpoints, a multiple of chunk
-  int64_t window = 0;   // tokens that backward finishes between two barriers, a multiple of segment
-  int64_t together = 0; // sequences that backward works on between two barriers
+  int64_t chunk = 0;     // tokens staged together, a multiple of block
+  int64_t segment = 0;   // tokens between checkpoints, a multiple of chunk
+  int64_t window = 0;    // tokens that backward finishes between two barriers, a multiple of segment
+  int64_t together = 0;  // sequences that backward works on between two barriers
 };
 
 // The part of a forward scan that one worker does at a time. Neighbouring heads lie side by side in memory, so they are
 // taken together, chunk by chunk of tokens.
 struct ForwardPart {
-  int64_t n;                     // sequence
+  int64_t n;  // sequence
   int64_t head_begin, head_end;
   int64_t tile_begin, tile_end;  // tiles of value columns
   int64_t slot;                  // first checkpoint slot of this sequence
@@ -42,9 +42,9 @@ struct BackwardPart {
   int64_t n;
   int64_t head_begin, head_end;
   int64_t tile_begin, tile_end;
-  int64_t slot;        // first checkpoint slot of this sequence
-  int64_t begin, end;  // tokens of the sequence, begin a multiple of the window
-  void* D;             // of this sequence, [H][tiles][ld][columns], kept from window to window
+  int64_t slot;                    // first checkpoint slot of this sequence
+  int64_t begin, end;              // tokens of the sequence, begin a multiple of the window
+  void* D;                         // of this sequence, [H][tiles][ld][columns], kept from window to window
   const HeadGradients* gradients;  // of this sequence and these tiles, next_head entries from head to head
   int64_t next_head;
 };
@@ -54,9 +54,9 @@ struct BackwardPart {
 // has `columns` columns of its own.
 struct ReducePart {
   int64_t n;
-  int64_t begin, end, origin;     // the partial rows start at token origin
+  int64_t begin, end, origin;      // the partial rows start at token origin
   const HeadGradients* gradients;  // of this sequence, [H][shares]
-  GradientRows HeadGradients::*field;
+  GradientRows HeadGradients::* field;
   int64_t shares;
   Rows to;
   int64_t width, columns;
@@ -77,6 +77,16 @@ struct Sequence {
 inline Sequence sequence(const Problem& p, int64_t n) {
   if (p.cu_seqlens) return {0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]};
   return {n, 0, p.T};
+}
+
+inline int64_t longest_sequence(const Problem& p) {
+  int64_t longest = 0;
+  for (int64_t n = 0; n < p.N; ++n) {
+    const int64_t length = sequence(p, n).length;
+    if (length > longest) longest = length;
+    if (!p.cu_seqlens) break;
+  }
+  return longest;
 }
 
 // First checkpoint slot of sequence n; n = N gives the number of slots. Packed sequences need no prefix sum:

@@ -46,11 +46,11 @@ struct Problem {
   Rows q, k, v, beta, g;
   States h0;
 
-  Rows o;       // forward
-  States hT;    // may be h0 itself in a step
+  Rows o;                       // forward
+  States hT;                    // may be h0 itself in a step
   void* checkpoints = nullptr;  // written by forward, read by backward; nullptr: backward makes its own
 
-  Rows d_o;     // backward
+  Rows d_o;  // backward
   States d_hT;
   Rows dq, dk, dv, dbeta, dg;
   States dh0;

@@ -1,5 +1,5 @@
-// The caller's memory, read and written row by row: everything behind these functions is staged in the accumulation type,
-// padded to whole packs.
+// The caller's memory, read and written row by row: everything behind these functions is staged in the accumulation
+// type, padded to whole packs.
 //
 // Tile is the machine (cpp/cpu/tiles.hpp): packs of T and the passes over a tile of the state.
 #pragma once
@@ -35,13 +35,17 @@ inline Head head(const Problem& p, const Sequence& seq, int64_t h) {
           rows(p.o), rows(p.d_o), rows(p.dq), rows(p.dk),   rows(p.dv)};
 }
 
-// Asks for the rows of tokens [begin, end) of neighbouring heads, token by token, a little at every step. In a [B,T,H,K]
-// array that walks through memory in order; left to themselves, heads would each stride through it at a fraction of the
-// bandwidth. All at once would only fill the queues of the memory.
+// Asks for the rows of tokens [begin, end) of neighbouring heads, token by token, a little at every step. In a
+// [B,T,H,K] array that walks through memory in order; left to themselves, heads would each stride through it at a
+// fraction of the bandwidth. All at once would only fill the queues of the memory.
 class Prefetch {
  public:
   Prefetch(const Problem& p, const Head* heads, int64_t count, int64_t begin, int64_t end, int64_t steps)
-      : heads_(heads), count_(count), begin_(begin), rows_((end - begin) * count), per_step_((rows_ + steps - 1) / steps) {
+      : heads_(heads),
+        count_(count),
+        begin_(begin),
+        rows_((end - begin) * count),
+        per_step_((rows_ + steps - 1) / steps) {
     const int64_t item = p.dtype == DType::f64 ? 8 : 4;
     keys_ = p.K * item;
     values_ = p.V * item;
@@ -120,13 +124,13 @@ void stage_columns(const HeadRows& rows, int64_t t, int n, const Problem& p, con
   fill<T>(to + n * Tile::kColumns, (C - n) * Tile::kColumns, 0);
 }
 
-// A tile of a state. Rows K.. and columns beyond V are zero and stay zero.
+// A tile of a state. Its rows K.. and its columns beyond V are padding: zero here, and never stored. Columns may turn
+// into anything that a column of zero values may (NaN under infinite keys, say); rows are written by no pass.
 template <class Tile, class T>
 void load_tile(const States& s, int64_t n, int64_t h, const Problem& p, const Geometry& g, int64_t tile, T* S) {
   if (!s.data) return fill<T>(S, g.ld * g.columns, 0);
   const T* from = static_cast<const T*>(s.data) + n * s.n + h * s.h + tile * g.columns;
-  for (int64_t d = 0; d < p.K; ++d)
-    copy_in<Tile>(from + d * s.k, tile_width(p, g, tile), S + d * g.columns, g.columns);
+  for (int64_t d = 0; d < p.K; ++d) copy_in<Tile>(from + d * s.k, tile_width(p, g, tile), S + d * g.columns, g.columns);
   fill<T>(S + p.K * g.columns, (g.ld - p.K) * g.columns, 0);
 }
 
@@ -142,10 +146,38 @@ inline bool is_reset(const HeadRows& g, int64_t t, int64_t channel) {
   return g.dtype == DType::f64 ? reinterpret_cast<const double*>(g.at(t))[channel] == -__builtin_inf()
                                : reinterpret_cast<const float*>(g.at(t))[channel] == -__builtin_inff();
 }
-inline bool any_reset(const HeadRows& g, int64_t t, int64_t channels) {
-  bool any = false;
-  for (int64_t d = 0; d < channels; ++d) any |= is_reset(g, t, d);
-  return any;
+
+// The largest |g| of a token, +inf if any is not finite.
+template <class Tile, class T>
+T largest_gate(const T* g, int64_t channels) {
+  using P = typename Tile::P;
+  P most = {}, odd = {};  // odd: 0, or NaN once a gate was not finite
+  int64_t i = 0;
+  for (; i + Tile::kWidth <= channels; i += Tile::kWidth) {
+    const P x = Tile::load_unaligned(g + i), size = x < 0 ? -x : x;
+    most = size > most ? size : most;
+    odd += x - x;
+  }
+  T largest = 0, sum = 0;
+  const auto take = [&](T size, T zero) {
+    if (size > largest) largest = size;
+    sum += zero;
+  };
+  for (int l = 0; l < Tile::kWidth; ++l) take(most[l], odd[l]);
+  for (; i < channels; ++i) take(g[i] < 0 ? -g[i] : g[i], g[i] - g[i]);
+  return sum == 0 ? largest : static_cast<T>(__builtin_inff());
+}
+template <class Tile, class T>
+T gate_size(const HeadRows& g, int64_t t, int64_t channels) {
+  if (g.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32))
+    return largest_gate<Tile>(reinterpret_cast<const T*>(g.at(t)), channels);
+  T largest = 0;
+  for (int64_t d = 0; d < channels; ++d) {
+    const T x = static_cast<T>(reinterpret_cast<const float*>(g.at(t))[d]), size = x < 0 ? -x : x;
+    if (!(size <= largest)) largest = size;
+    if (!(x - x == 0)) return static_cast<T>(__builtin_inff());
+  }
+  return largest;
 }
 
 }  // namespace

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from . import _core
-from ._core import ArgumentError
+from ._core import ArgumentError, DTypeError
+
+MOST_THREADS = 256
 
 
 def set_num_threads(n: int) -> None:
-    """Set the number of threads that each call uses, at least 1 (else ArgumentError).
+    """Set the number of threads that each call uses, at least 1 (else ArgumentError); 256 are the most used.
 
-    The first value comes from ``FWP_NUM_THREADS``, then ``OMP_NUM_THREADS``, then the processors this process
-    may use. Results do not depend on it, bit for bit.
+    The first value comes from ``FWP_NUM_THREADS``, then ``OMP_NUM_THREADS``, each where it is a whole number,
+    then the processors this process may use. Results do not depend on it, bit for bit.
     """
-    _core.set_num_threads(n)
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise DTypeError(f"threads: expected an integer, got {type(n).__name__}") from None
+    _core.set_num_threads(max(-MOST_THREADS, min(count, MOST_THREADS)))
 
 
 def get_num_threads() -> int:
@@ -66,14 +73,31 @@ class use_isa:
     """
 
     def __init__(self, name: str) -> None:
-        self._before = _core.isa()
+        if not isinstance(name, str):
+            raise DTypeError(f"name: expected a string, got {type(name).__name__}")
+        if name not in available_isas():
+            raise ArgumentError(f"name: expected one of {', '.join(available_isas())}, got {name}")
+        self._name = name
+        self._before = _current_isa()
         _core.use_isa(name)
 
     def __enter__(self) -> use_isa:
+        if _current_isa() != self._name:  # entered a while after it was made, or again
+            self._before = _current_isa()
+            _core.use_isa(self._name)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _core.use_isa(self._before)
+        if self._before is not None:
+            _core.use_isa(self._before)
+
+
+def _current_isa() -> str | None:
+    """The level in use, None if FWP_ISA names none and none was chosen since."""
+    try:
+        return _core.isa()
+    except ArgumentError:
+        return None
 
 
 def has_cuda() -> bool:
@@ -88,14 +112,15 @@ def show_config(mode: Literal["dict"]) -> dict[str, Any]: ...
 def show_config(mode: str | None = None) -> dict[str, Any] | None:
     """Print version, compiler, instruction sets, threads and CUDA state, or return them with ``mode="dict"``.
 
-    ``block_size`` is the number of tokens taken per pass over the fast weight at the level in use.
+    ``isa`` is None, and ``block_size`` 0, if FWP_ISA names no level of this machine. ``block_size`` is the
+    number of tokens taken per pass over the fast weight at the level in use.
     """
     if mode not in (None, "dict"):
         raise ArgumentError(f"mode: expected None or 'dict', got {mode!r}")
     config = {
         "version": _core.__version__,
         "compiler": _core.compiler(),
-        "isa": isa(),
+        "isa": _current_isa(),
         "available_isas": available_isas(),
         "block_size": _core.block_size(),
         "threads": get_num_threads(),

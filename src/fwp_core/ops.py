@@ -292,9 +292,9 @@ def vjp(
         As ``fn`` returns them.
     pullback : callable
         ``pullback(do, dfinal_state=None, out=None)`` returns the Gradients that ``fn``'s backward function
-        would. It may be called again. It keeps references to the inputs, whose contents must not change, and
-        checkpoints of the state. Those belong to one instruction set level; after a switch the pullback does
-        without them.
+        would. It may be called again. It keeps references to the input arrays, whose contents must not
+        change, a copy of ``cu_seqlens``, and checkpoints of the state. Those belong to one instruction set
+        level; after a switch the pullback does without them.
 
     Raises
     ------
@@ -323,6 +323,8 @@ def vjp(
     )
     if _core.isa() != level:
         checkpoints = None
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.copy() if isinstance(cu_seqlens, np.ndarray) else tuple(cu_seqlens)
 
     def pullback(do: Array, dfinal_state: Array | None = None, out: Gradients | None = None) -> Gradients:
         kept = checkpoints if _core.isa() == level else None

@@ -2,8 +2,8 @@
 
 Each scan is written twice. ``form="recurrence"`` walks over the tokens with a fast weight ``S`` [K,V]. It
 costs O(T K V) and is what the library computes. ``form="attention"`` never builds the state: it compares each
-query with all earlier keys, as attention does, in O(T^2). Both give the same numbers; that is the point of
-Schlag, Irie, Schmidhuber 2021, "Linear Transformers Are Secretly Fast Weight Programmers".
+query with all earlier keys, as attention does, in O(T^2). Both give the same numbers on finite data; that is
+the point of Schlag, Irie, Schmidhuber 2021, "Linear Transformers Are Secretly Fast Weight Programmers".
 
     S'  = diag(a_t) S_{t-1}            a_t = 1, or exp(g_t) with g_t one number or K numbers      decay
     u_t = beta_t v_t                                                                              linear
@@ -174,7 +174,8 @@ def _recurrence(tokens: _Tokens, write: Callable[[Array, Array, Array], Array]) 
     q, k, v, beta, a, state, scale = tokens
     o = np.zeros(v.shape, state.dtype)
     for t in range(v.shape[2]):
-        state = a[:, :, t, :, None] * state
+        gate = a[:, :, t, :, None]
+        state = np.where(gate == 0, 0, gate * state)  # a reset clears the state, even of NaN
         stored = _read(state, k[:, :, t])
         u = write(v[:, :, t], beta[:, :, t, None], stored)
         state = state + k[:, :, t, :, None] * u[:, :, None, :]
@@ -266,6 +267,8 @@ def _run(
     beta = np.ones(rows) if beta is None else _real_or_complex(beta)
     a = np.ones(rows) if g is None else np.exp(_real_or_complex(g))
     a = a[..., None] if a.ndim == 3 else a
+    if cu_seqlens is not None and v.shape[0] != 1:
+        raise ValueError(f"cu_seqlens: expected B=1 for packed sequences, got B={v.shape[0]}")
     ends = [v.shape[1]] if cu_seqlens is None else np.asarray(cu_seqlens)[1:].tolist()
     sequences = v.shape[0] if cu_seqlens is None else len(ends)
     dims = (sequences, heads, k.shape[-1], v.shape[-1])

@@ -137,7 +137,7 @@ typedef struct fwp_inputs {
 #define FWP_INPUTS_INIT {sizeof(fwp_inputs), NULL, NULL, NULL, NULL, NULL, NULL, NULL}
 
 /* o [B,T,H,V] required; hT [N,H,K,V] and checkpoints may be NULL. checkpoints: a compact 1-d tensor of the
- * state's dtype with the number of elements that the *_checkpoints query returns; handed to *_bwd it spares
+ * state's dtype with the number of elements that fwp_checkpoints returns; handed to *_bwd it spares
  * the backward pass its own forward sweep. Its layout is private and holds for one ISA level. */
 typedef struct fwp_outputs {
   size_t struct_size;
@@ -196,8 +196,7 @@ FWP_API int fwp_linear_fwd_workspace(const fwp_options* options, const fwp_input
 FWP_API int fwp_delta_fwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
 FWP_API int fwp_linear_bwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
 FWP_API int fwp_delta_bwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
-FWP_API int fwp_linear_step_workspace(const fwp_options* options, const fwp_inputs* inputs,
-                                      size_t* bytes) FWP_NOEXCEPT;
+FWP_API int fwp_linear_step_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
 FWP_API int fwp_delta_step_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
 /* Elements of the checkpoints tensor for these inputs (the same for both rules). */
 FWP_API int fwp_checkpoints(const fwp_options* options, const fwp_inputs* inputs, int64_t* elements) FWP_NOEXCEPT;

@@ -181,7 +181,7 @@ inline void delta_fwd(const inputs& in, const outputs& out, const options& optio
   detail::fwd(fwp_delta_fwd, in, out, options, scratch);
 }
 
-// Exact gradients of sum(o * d_o) + sum(hT * d_hT). They are overwritten; absent ones are not computed.
+// Exact gradients of sum(o * d_o) + sum(hT * d_hT). They are overwritten; absent ones are not stored.
 inline void linear_bwd(const inputs& in, const cotangents& from, const gradients& to, const options& options = {},
                        workspace scratch = {}) {
   detail::bwd(fwp_linear_bwd, in, from, to, options, scratch);
