@@ -148,7 +148,8 @@ fwp.use_isa("base")
 print(fwp.isa(), fwp.linear_attention(x, x, x)[0].item())
 """
     said, works = run_python(code, FWP_ISA="bogus").stdout.splitlines()
-    assert said.startswith("FWP_ISA: expected one of base") and said.endswith("got bogus")
+    assert said.startswith("FWP_ISA: expected one of base")
+    assert said.endswith("got bogus")
     assert works == "base 1.0"
 
 

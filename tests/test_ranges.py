@@ -118,7 +118,7 @@ def test_nan_and_resets_together(isa, rule, decay, K, reset, name):
 @pytest.mark.parametrize("decay", ["none", "channel"])
 @pytest.mark.parametrize("T", [1, 2, 7])
 def test_large_states_of_short_sequences_cost_little(decay, T):
-    """What a backward pass needs is bounded by the length of the sequence, not by the size of the state alone."""
+    """What backward needs is bounded by the length of the sequence, not by the size of the state alone."""
     case = make_case("delta", decay, B=1, T=T, heads=(1, 1, 1), K=1024, V=600)
     exact = exact_gradients(case)
     for name, x, y in zip(exact._fields, gradients(case), exact, strict=True):

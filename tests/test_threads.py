@@ -288,11 +288,13 @@ def test_repeated_runs_at_batch_60():
             same_bits(results(case), expected)
 
 
-@pytest.mark.parametrize(
-    ("fwp_value", "omp_value", "expected"),
-    [("3", "2", 3), ("2x", "3", 3), ("1e2", "3", 3), ("0", "3", 3), ("-1", "3", 3), ("", "2,4", 2), ("999", "2", 256),
-     ("9" * 30, "2", 256)],
-)  # fmt: skip
-def test_only_whole_numbers_count_in_the_environment(fwp_value, omp_value, expected):
+@pytest.mark.parametrize("unusable", ["2x", "1e2", "0", "-1", "", " "])
+def test_only_whole_numbers_count_in_the_environment(unusable):
     code = "import fwp_core; print(fwp_core.get_num_threads())"
-    assert int(run_python(code, FWP_NUM_THREADS=fwp_value, OMP_NUM_THREADS=omp_value).stdout) == expected
+    assert int(run_python(code, FWP_NUM_THREADS=unusable, OMP_NUM_THREADS="3").stdout) == 3
+
+
+@pytest.mark.parametrize(("value", "expected"), [("2,4", 2), ("999", 256), ("9" * 30, 256)])
+def test_lists_and_large_numbers_of_threads(value, expected):
+    code = "import fwp_core; print(fwp_core.get_num_threads())"
+    assert int(run_python(code, FWP_NUM_THREADS=None, OMP_NUM_THREADS=value).stdout) == expected

@@ -1,0 +1,143 @@
+// How a call is shared out among workers, and what memory it takes: functions of the problem alone, so that a query for
+// the workspace and the call itself agree.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "../scan/geometry.hpp"
+#include "kernels.hpp"
+
+namespace fwp::cpu {
+
+// A pool round trip costs about as much as this many flops.
+inline constexpr double kSerialFlops = 1e6;
+
+inline int useful_threads(const Problem& p, int64_t parts) {
+  const double flops = 6.0 * static_cast<double>(p.H) * static_cast<double>(p.K) * static_cast<double>(p.V) *
+                       static_cast<double>(p.cu_seqlens ? p.T : p.N * p.T);
+  return flops < kSerialFlops ? 1 : static_cast<int>(std::min<int64_t>(p.threads, std::max<int64_t>(parts, 1)));
+}
+
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+  void* take(size_t bytes) {
+    void* at = base_ ? base_ + used_ : nullptr;
+    used_ += (bytes + 63) / 64 * 64;
+    return at;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+inline size_t item_size(const Problem& p) { return p.dtype == DType::f64 ? 8 : 4; }
+
+// How heads and tiles are shared out: neighbouring heads together, as many as leave every thread a part and fit into
+// the second-level cache; the tiles of a head apart only where there are few heads, since they share the staged keys.
+// Sums over the tiles of a head must not depend on that, so they are cut in one way only, into single tiles (added one
+// by one), or, to bound the partial sums of very many tiles, always into kMostShares groups.
+struct Shares {
+  int64_t heads, tiles;                      // of a part
+  int64_t parts_per_tile_row, per_sequence;  // parts
+
+  Shares(const Problem& p, const Geometry& g, int64_t sequences) {
+    const int64_t threads = p.threads, all = sequences * p.H;
+    const int64_t cached = std::max<int64_t>(1, kCachedStates / std::max<int64_t>(1, g.tiles * g.ld * g.columns));
+    const bool few = all < 2 * threads;
+    const int64_t group = (g.tiles + kMostShares - 1) / kMostShares;
+    tiles = few || group > 1 ? group : g.tiles;
+    heads = few ? 1 : std::max<int64_t>(1, std::min({(all + threads - 1) / threads, cached, p.H}));
+    parts_per_tile_row = tiles ? (g.tiles + tiles - 1) / tiles : 0;
+    per_sequence = (p.H + heads - 1) / heads * parts_per_tile_row;
+  }
+
+  static constexpr int64_t kCachedStates = 64 * 1024;  // numbers
+  static constexpr int64_t kMostShares = 16;
+};
+
+struct ForwardPlan {
+  Geometry g;
+  Shares shares;
+  int threads;
+  size_t scratch;
+
+  ForwardPlan(const Problem& p, const Kernels& k, int64_t sequences)
+      : g(k.geometry(p)),
+        shares(p, g, sequences),
+        threads(useful_threads(p, sequences * shares.per_sequence)),
+        scratch((k.forward_scratch(p, g, shares.heads, shares.tiles) + 63) / 64 * 64) {}
+};
+
+// The gradients a backward pass has to deliver, in one order.
+struct Field {
+  Rows Problem::* from;  // the input
+  Rows Problem::* to;
+  GradientRows HeadGradients::* rows;
+  int64_t width;    // numbers per row
+  int64_t columns;  // of a part, where each part of a head has its own; 0: each has a share of the whole row
+  bool direct;      // one part alone makes each row, in its final type: no partial sums
+};
+
+struct BackwardPlan {
+  static constexpr int kFields = 5;
+  Geometry g;
+  Shares shares;
+  Field fields[kFields];
+  int64_t shares_per_head;
+  int64_t partial_numbers;  // partial sums per head and share
+  int64_t slots;            // checkpoints at once
+  int threads;
+  size_t scratch, tile_bytes;
+
+  BackwardPlan(const Problem& p, const Kernels& k) : g(k.geometry(p)), shares(p, g, g.together) {
+    shares_per_head = shares.parts_per_tile_row;
+    const int64_t dg_width = p.decay == Decay::channel ? p.K : 1;
+    fields[0] = {&Problem::q, &Problem::dq, &HeadGradients::dq, p.K, 0, false};
+    fields[1] = {&Problem::k, &Problem::dk, &HeadGradients::dk, p.K, 0, false};
+    fields[2] = {&Problem::v, &Problem::dv, &HeadGradients::dv, p.V, shares.tiles * g.columns, false};
+    fields[3] = {&Problem::beta, &Problem::dbeta, &HeadGradients::dbeta, 1, 0, false};
+    fields[4] = {&Problem::g, &Problem::dg, &HeadGradients::dg, dg_width, 0, false};
+    partial_numbers = 0;
+    for (Field& f : fields) {  // by the inputs, so that a query for the workspace needs no gradients
+      const Rows& from = p.*f.from;
+      f.direct = from.group == 1 && from.dtype == p.dtype && (f.columns || shares_per_head == 1);
+      if (from.data && !f.direct) partial_numbers += partial_width(f) * g.window;
+    }
+    threads = useful_threads(p, g.together * shares.per_sequence);
+    scratch = (k.backward_scratch(p, g, shares.heads) + 63) / 64 * 64;
+    tile_bytes = static_cast<size_t>(g.ld * g.columns) * item_size(p);
+    slots = 0;
+    for (int64_t n = 0; n < p.N; n += g.together)
+      slots = std::max(slots, first_slot(p, g, std::min(n + g.together, p.N)) - first_slot(p, g, n));
+  }
+
+  static int64_t partial_width(const Field& f) { return f.columns ? f.columns : f.width; }
+};
+
+// Where things lie in the workspace of a backward call.
+struct BackwardMemory {
+  char *checkpoints, *D, *partial, *scratch;
+  HeadGradients* gradients;  // [sequences together][H][shares]
+  size_t used;
+
+  BackwardMemory(const Problem& p, const BackwardPlan& plan, const ForwardPlan& forward, void* base) {
+    Workspace w(base);
+    const auto take = [&](size_t bytes) { return static_cast<char*>(w.take(bytes)); };
+    const size_t heads = static_cast<size_t>(plan.g.together * p.H), shares = static_cast<size_t>(plan.shares_per_head);
+    checkpoints =
+        p.checkpoints ? nullptr : take(static_cast<size_t>(plan.slots * p.H * plan.g.tiles) * plan.tile_bytes);
+    D = take(heads * static_cast<size_t>(plan.g.tiles) * plan.tile_bytes);
+    partial = take(heads * shares * static_cast<size_t>(plan.partial_numbers) * item_size(p));
+    gradients = static_cast<HeadGradients*>(w.take(heads * shares * sizeof(HeadGradients)));
+    const size_t worker = std::max(plan.scratch, p.checkpoints ? 0 : forward.scratch);
+    scratch = take(worker * static_cast<size_t>(std::max(plan.threads, forward.threads)));
+    used = w.used();
+  }
+};
+
+}  // namespace fwp::cpu
