@@ -108,6 +108,8 @@ struct BackwardPlan {
       f.direct = from.group == 1 && from.dtype == p.dtype && (f.columns || shares_per_head == 1);
       if (from.data && !f.direct) partial_numbers += partial_width(f) * g.window;
     }
+    if (partial_numbers == 0)  // nothing to add up between windows: one window, no barriers
+      g.window = std::max<int64_t>(1, (longest_sequence(p) + g.segment - 1) / g.segment) * g.segment;
     threads = useful_threads(p, g.together * shares.per_sequence);
     scratch = (k.backward_scratch(p, g, shares.heads) + 63) / 64 * 64;
     tile_bytes = static_cast<size_t>(g.ld * g.columns) * item_size(p);
