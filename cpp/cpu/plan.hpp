@@ -20,21 +20,6 @@ inline int useful_threads(const Problem& p, int64_t parts) {
   return flops < kSerialFlops ? 1 : static_cast<int>(std::min<int64_t>(p.threads, std::max<int64_t>(parts, 1)));
 }
 
-class Workspace {
- public:
-  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
-  void* take(size_t bytes) {
-    void* at = base_ ? base_ + used_ : nullptr;
-    used_ += (bytes + 63) / 64 * 64;
-    return at;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
 inline size_t item_size(const Problem& p) { return p.dtype == DType::f64 ? 8 : 4; }
 
 // How heads and tiles are shared out: neighbouring heads together, as many as leave every thread a part and fit into
@@ -130,17 +115,16 @@ struct BackwardMemory {
   size_t used;
 
   BackwardMemory(const Problem& p, const BackwardPlan& plan, const ForwardPlan& forward, void* base) {
-    Workspace w(base);
-    const auto take = [&](size_t bytes) { return static_cast<char*>(w.take(bytes)); };
-    const size_t heads = static_cast<size_t>(plan.g.together * p.H), shares = static_cast<size_t>(plan.shares_per_head);
-    checkpoints =
-        p.checkpoints ? nullptr : take(static_cast<size_t>(plan.slots * p.H * plan.g.tiles) * plan.tile_bytes);
-    D = take(heads * static_cast<size_t>(plan.g.tiles) * plan.tile_bytes);
-    partial = take(heads * shares * static_cast<size_t>(plan.partial_numbers) * item_size(p));
-    gradients = static_cast<HeadGradients*>(w.take(heads * shares * sizeof(HeadGradients)));
+    Arena arena(base);
+    const int64_t heads = plan.g.together * p.H, shares = plan.shares_per_head;
+    const int64_t tile = static_cast<int64_t>(plan.tile_bytes), item = static_cast<int64_t>(item_size(p));
+    checkpoints = p.checkpoints ? nullptr : arena.take<char>(plan.slots * p.H * plan.g.tiles * tile);
+    D = arena.take<char>(heads * plan.g.tiles * tile);
+    partial = arena.take<char>(heads * shares * plan.partial_numbers * item);
+    gradients = arena.take<HeadGradients>(heads * shares);
     const size_t worker = std::max(plan.scratch, p.checkpoints ? 0 : forward.scratch);
-    scratch = take(worker * static_cast<size_t>(std::max(plan.threads, forward.threads)));
-    used = w.used();
+    scratch = arena.take<char>(static_cast<int64_t>(worker) * std::max(plan.threads, forward.threads));
+    used = arena.used();
   }
 };
 

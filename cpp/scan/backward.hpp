@@ -170,8 +170,8 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b
 }
 
 // Tokens [t0, end) of one head: forward from the checkpoint, then backward. The scratch holds as many blocks as a
-// segment has without resets; with more, the segment is taken in several runs, the last first, each from the checkpoint
-// on.
+// segment has where all are whole; where gates cut them shorter, the segment is taken in several runs, the last first,
+// each from the checkpoint on.
 template <class Tile, class Rule, class Decay, int C>
 bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& part, BackwardScratch<Tile, Decay, C>& s,
                       const Head& head, int64_t h, int64_t t0, int64_t end, Prefetch& ahead, const Stop& stop) {
@@ -227,9 +227,8 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
   const int64_t size = g.ld * g.columns;
   const auto adjoint = [&](int64_t h, int64_t j) { return static_cast<T*>(part.D) + (h * g.tiles + j) * size; };
 
-  for (int64_t b = 0; b <= g.segment / C;
-       ++b)  // rows K.. of a tile: passes over K never write them, sums over ld read them
-    fill<T>(s.S + b * size + p.K * g.columns, (g.ld - p.K) * g.columns, 0);
+  // Rows K.. of the tiles: passes over K never write them, sums over ld read them.
+  for (int64_t b = 0; b <= g.segment / C; ++b) fill<T>(s.S + b * size + p.K * g.columns, (g.ld - p.K) * g.columns, 0);
   for (int64_t h = 0; h < heads; ++h) s.heads[h] = head(p, seq, part.head_begin + h);
   if (part.end == seq.length)
     for (int64_t h = part.head_begin; h < part.head_end; ++h)

@@ -11,23 +11,6 @@
 namespace fwp {
 namespace {
 
-// Hands out 64-byte aligned pieces of a workspace; over a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    const size_t at = used_;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
 // Where the block that starts at token t ends: after C tokens, but before any whose gate, with those of the block so
 // far, might take a product of decays out of the range of T. So products inside a block are as good as the recurrence's
 // own steps, whatever the gates, and a gate that is not finite stands first: there a reset (g = -inf) clears the state

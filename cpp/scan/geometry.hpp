@@ -70,6 +70,23 @@ struct Stop {
 
 namespace {
 
+// Hands out 64-byte aligned pieces of a workspace; over a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const size_t at = used_;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
 // Where a sequence lies in the arrays.
 struct Sequence {
   int64_t b, begin, length;
