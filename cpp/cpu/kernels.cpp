@@ -29,10 +29,10 @@
 namespace fwp {
 namespace {
 
-// Tokens per pass over the state: keys and queries of six tokens by two packs fill 24 of 32 registers (12 of 16 where
-// they go one after the other).
-constexpr int kBlock = 6;
-constexpr int kChunkBlocks = 4;
+// Tokens per pass over the state. The keys and queries of a block by two packs fill 16 of 32 registers, or 12 of 16.
+// Longer blocks spend more on the dot products inside them than they save (benchmarks/NOTES.md).
+constexpr int kBlock = kVectorRegisters >= 32 ? 4 : 3;
+constexpr int kChunkBlocks = 24 / kBlock;
 
 template <int n>
 struct Constant {
@@ -82,20 +82,20 @@ Geometry cut(const Problem& p) {
 Geometry geometry(const Problem& p) { return p.dtype == DType::f32 ? cut<Tiles<float>>(p) : cut<Tiles<double>>(p); }
 
 size_t forward_scratch(const Problem& p, const Geometry& g, int64_t heads, int64_t tiles) {
-  return with_types(p, [&](auto tile, auto, auto decay) {
+  return with_types(p, [&](auto tile, auto rule, auto decay) {
     Arena arena(nullptr);
     if (p.step)
-      (void)ForwardScratch<decltype(tile), decltype(decay), 1>(arena, g, heads, tiles);
+      (void)ForwardScratch<decltype(tile), decltype(rule), decltype(decay), 1>(arena, g, heads, tiles);
     else
-      (void)ForwardScratch<decltype(tile), decltype(decay), kBlock>(arena, g, heads, tiles);
+      (void)ForwardScratch<decltype(tile), decltype(rule), decltype(decay), kBlock>(arena, g, heads, tiles);
     return arena.used();
   });
 }
 
 size_t backward_scratch(const Problem& p, const Geometry& g, int64_t heads) {
-  return with_types(p, [&](auto tile, auto, auto decay) {
+  return with_types(p, [&](auto tile, auto rule, auto decay) {
     Arena arena(nullptr);
-    (void)BackwardScratch<decltype(tile), decltype(decay), kBlock>(arena, g, heads);
+    (void)BackwardScratch<decltype(tile), decltype(rule), decltype(decay), kBlock>(arena, g, heads);
     return arena.used();
   });
 }

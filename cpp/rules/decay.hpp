@@ -23,28 +23,29 @@ struct ChannelDecay {
 };
 
 // Token t of the forward pass. A: in the product up to t - 1, out up to t. kw[i], i < t: in decayed to t - 1, out to t;
-// kw[t] out. Adds this pack's share to the dot products m[i] = M_ti (i < t) and p[i] = P_ti (i <= t).
-template <class Decay, int t, class P>
+// kw[t] out. Adds this pack's share to the dot products m[i] = M_ti (i < t, where the rule predicts) and p[i] = P_ti
+// (i <= t).
+template <class Decay, bool predicts, int t, class P>
 FWP_HD void decay_token_fwd(P k, P q, P a, P& A, P& kr, P& qr, P* kw, P* m, P* p) {
   if constexpr (Decay::decays) A *= a;
   kr = Decay::decays ? A * k : k;
   qr = Decay::decays ? A * q : q;
   FWP_UNROLL for (int i = 0; i < t; ++i) {
     if constexpr (Decay::decays) kw[i] *= a;
-    m[i] += k * kw[i];
+    if constexpr (predicts) m[i] += k * kw[i];
     p[i] += q * kw[i];
   }
   kw[t] = k;
   p[t] += q * k;
 }
 
-// Backward of the whole block: from the adjoints dkr, dqr, dkw, dM, dP (dM_ti at [t * C + i]) and, for dg, the channel
-// sums H = sum over value columns of D1 * S0, the gradients dk, dq and dg of this pack of channels. A rule that does
-// not predict has no kr and no M; leaving them out, rather than adding zeros, keeps a NaN from reaching what does not
-// depend on it.
+// Backward of the whole block: from the adjoints dkr, dqr, dkw, dM and dP (in one square dMP, block.hpp) and, for dg,
+// the channel sums H = sum over value columns of D1 * S0, the gradients dk, dq and dg of this pack of channels. A rule
+// that does not predict has no kr and no M; leaving them out, rather than adding zeros, keeps a NaN from reaching what
+// does not depend on it.
 template <class Decay, bool predicts, int C, class P, class T>
-FWP_HD void decay_block_bwd(const P* k, const P* q, const P* a, const P* dkr, const P* dqr, const P* dkw, const T* dM,
-                            const T* dP, P H, P* dk, P* dq, P* dg) {
+FWP_HD void decay_block_bwd(const P* k, const P* q, const P* a, const P* dkr, const P* dqr, const P* dkw, const T* dMP,
+                            P H, P* dk, P* dq, P* dg) {
   P A[C], B[C];  // a_1..a_t and a_{t+1}..a_C
   if constexpr (Decay::decays) {
     A[0] = a[0];
@@ -53,8 +54,8 @@ FWP_HD void decay_block_bwd(const P* k, const P* q, const P* a, const P* dkr, co
     FWP_UNROLL for (int t = C - 1; t > 0; --t) B[t - 1] = B[t] * a[t];
   }
   FWP_UNROLL for (int t = 0; t < C; ++t) {
-    dq[t] = (Decay::decays ? A[t] * dqr[t] : dqr[t]) + dP[t * C + t] * k[t];
-    dk[t] = (Decay::decays ? B[t] * dkw[t] : dkw[t]) + dP[t * C + t] * q[t];
+    dq[t] = (Decay::decays ? A[t] * dqr[t] : dqr[t]) + dMP[P_at<C>(t, t)] * k[t];
+    dk[t] = (Decay::decays ? B[t] * dkw[t] : dkw[t]) + dMP[P_at<C>(t, t)] * q[t];
     if constexpr (predicts) dk[t] += Decay::decays ? A[t] * dkr[t] : dkr[t];
   }
   if constexpr (Decay::decays) {
@@ -72,7 +73,7 @@ FWP_HD void decay_block_bwd(const P* k, const P* q, const P* a, const P* dkr, co
   FWP_UNROLL for (int i = 0; i < C - 1; ++i) {
     P L = P{} + T(1);  // a_{i+1}..a_j
     FWP_UNROLL for (int j = i + 1; j < C; ++j) {
-      const T m = dM[j * C + i], p = dP[j * C + i];
+      const T m = dMP[M_at<C>(j, i)], p = dMP[P_at<C>(j, i)];
       const P x = predicts ? p * q[j] + m * k[j] : p * q[j];
       if constexpr (Decay::decays) L *= a[j];
       const P Lk = Decay::decays ? L * k[i] : k[i];

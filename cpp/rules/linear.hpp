@@ -10,12 +10,12 @@ struct Linear {
   static constexpr bool predicts = false;
 
   template <int C, class P, class T>
-  FWP_HD static P error(int /*t*/, P v, P /*r*/, const T* /*M*/, const P* /*u*/) {
+  FWP_HD static P error(int /*t*/, P v, P /*r*/, const T* /*MP*/, const P* /*u*/) {
     return v;
   }
 
   template <int C, class P, class T>
-  FWP_HD static P written_adjoint(int /*t*/, P p, const T* /*M*/, const P* /*de*/) {
+  FWP_HD static P written_adjoint(int /*t*/, P p, const T* /*MP*/, const P* /*de*/) {
     return p;
   }
 };

@@ -11,11 +11,11 @@
 namespace fwp {
 namespace {
 
-template <class Tile, class Decay, int C>
+template <class Tile, class Rule, class Decay, int C>
 struct BackwardScratch {
   using T = typename Tile::Scalar;
   Head* heads;
-  Block<Tile, Decay, C>* blocks;
+  Block<Tile, Rule, Decay, C>* blocks;
   T* S;       // the state before each block, and after the last
   T *e, *u;   // [segment][columns]
   T *v, *RX;  // as in forward
@@ -27,10 +27,10 @@ struct BackwardScratch {
   BackwardScratch(Arena& arena, const Geometry& g, int64_t head_count) {
     heads = arena.take<Head>(head_count);
     const int64_t count = g.segment / C, cols = g.columns;
-    blocks = arena.take<Block<Tile, Decay, C>>(count);
+    blocks = arena.take<Block<Tile, Rule, Decay, C>>(count);
     const bool counting = blocks == nullptr;
     for (int64_t i = 0; i < count; ++i) {
-      const auto block = Block<Tile, Decay, C>::take(arena, g.ld);
+      const auto block = Block<Tile, Rule, Decay, C>::take(arena, g.ld);
       if (!counting) blocks[i] = block;
     }
     S = arena.take<T>((count + 1) * g.ld * cols);
@@ -64,34 +64,30 @@ void put_row(const GradientRows& rows, int64_t t, int64_t first, const T* from, 
   for (; i < n; ++i) to[i] += from[i];
 }
 
-// dP_ti = do_t . u_i for i <= t, dM_ti = -de_t . u_i for i < t, and dbeta_t = p_t . e_t, summed over the columns.
+// dP_ti = do_t . u_i for i <= t and dM_ti = -de_t . u_i for i < t in the square dMP, after it dbeta_t = p_t . e_t: sums
+// over the columns.
 template <class Rule, class Tile, int C, class T>
-void column_sums(const T* d_o, const T* minus_de, const T* p, const T* u, const T* e, T* dP, T* dM, T* dbeta) {
+void column_sums(const T* d_o, const T* minus_de, const T* p, const T* u, const T* e, T* out) {
   using P = typename Tile::P;
-  constexpr int W = Tile::kWidth, cols = Tile::kColumns;
+  constexpr int W = Tile::kWidth, cols = Tile::kColumns, sums = C * C + C;
   const auto dot = [](const T* a, const T* b) {
     return Tile::load(a) * Tile::load(b) + Tile::load(a + W) * Tile::load(b + W);
   };
+  P x[Tile::template room<sums>] = {};
   FWP_UNROLL for (int t = 0; t < C; ++t) {
-    constexpr int sums = 2 * C + 1, room = (sums + W - 1) / W * W;
-    P x[room] = {};
-    T out[sums];
-    FWP_UNROLL for (int i = 0; i < C; ++i) if (i <= t) x[i] = dot(d_o + t * cols, u + i * cols);
+    FWP_UNROLL for (int i = 0; i < C; ++i) if (i <= t) x[P_at<C>(t, i)] = dot(d_o + t * cols, u + i * cols);
     if constexpr (Rule::predicts)
-      FWP_UNROLL for (int i = 0; i < C; ++i) if (i < t) x[C + i] = dot(minus_de + t * cols, u + i * cols);
-    x[2 * C] = dot(p + t * cols, e + t * cols);
-    Tile::template sums<sums>(x, out);
-    for (int i = 0; i < C; ++i) dP[t * C + i] = out[i];
-    for (int i = 0; i < C; ++i) dM[t * C + i] = out[C + i];
-    dbeta[t] = out[2 * C];
+      FWP_UNROLL for (int i = 0; i < C; ++i) if (i < t) x[M_at<C>(t, i)] = dot(minus_de + t * cols, u + i * cols);
+    x[C * C + t] = dot(p + t * cols, e + t * cols);
   }
+  Tile::template sums<sums>(x, out);
 }
 
 // One block backward on one tile: S is the state before it, D the adjoint of the state after it, in place that before.
 template <class Tile, class Rule, class Decay, int C, class T>
-void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b, BackwardScratch<Tile, Decay, C>& s,
-             const T* S, const T* e, const T* u, T* D, int64_t t, const BackwardPart& part, int64_t tile,
-             const HeadGradients& out) {
+void retreat(const Problem& p, const Geometry& g, const Block<Tile, Rule, Decay, C>& b,
+             BackwardScratch<Tile, Rule, Decay, C>& s, const T* S, const T* e, const T* u, T* D, int64_t t,
+             const BackwardPart& part, int64_t tile, const HeadGradients& out) {
   using P = typename Tile::P;
   constexpr int W = Tile::kWidth, cols = Tile::kColumns;
   const int64_t ld = g.ld;
@@ -105,7 +101,7 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b
       Z[i] = Tile::load(s.Z + i * cols + j);
       o[i] = Tile::load(d_o + i * cols + j);
     }
-    block_bwd<Rule, C>(Z, b.M, b.P_, o, b.beta, pj, de);
+    block_bwd<Rule, C>(Z, b.MP, o, b.beta, pj, de);
     FWP_UNROLL for (int i = 0; i < C; ++i) {
       const P there = i < b.n ? de[i] : P{};  // rows beyond the last token must not reach D
       Tile::store(s.p + i * cols + j, pj[i]);
@@ -114,8 +110,9 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b
     }
   }
 
-  T dP[C * C], dM[C * C], dbeta[C];
-  column_sums<Rule, Tile, C>(d_o, minus_de, s.p, u, e, dP, dM, dbeta);
+  alignas(P) T dMP[Tile::template room<C * C + C>];
+  const T* const dbeta = dMP + C * C;
+  column_sums<Rule, Tile, C>(d_o, minus_de, s.p, u, e, dMP);
   for (int i = 0; i < b.n; ++i) {
     Tile::read_columns(S, ld, d_o + i * cols, s.dqr + i * ld);
     Tile::read_columns(D, ld, u + i * cols, s.dkw + i * ld);
@@ -124,7 +121,7 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b
   if constexpr (Decay::decays) Tile::dot_rows(S, D, ld, s.H);
 
   const P scale = Tile::broadcast(static_cast<T>(p.scale));
-  P dg_sum[(C + W - 1) / W * W] = {};
+  P dg_sum[Tile::template room<C>] = {};
   for (int64_t d = 0; d < ld; d += W) {
     P k[C], q[C], a[C] = {}, dkr[C] = {}, dqr[C] = {}, dkw[C] = {}, dk[C], dq[C], dg[C] = {}, H = {};
     for (int i = 0; i < C; ++i) {
@@ -137,7 +134,7 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b
       if constexpr (Rule::predicts) dkr[i] = Tile::load(s.dkr + i * ld + d);
     }
     if constexpr (Decay::decays) H = Tile::load(s.H + d);
-    decay_block_bwd<Decay, Rule::predicts, C>(k, q, a, dkr, dqr, dkw, dM, dP, H, dk, dq, dg);
+    decay_block_bwd<Decay, Rule::predicts, C>(k, q, a, dkr, dqr, dkw, dMP, H, dk, dq, dg);
     if (b.resets) dg[0] = Tile::load(b.keep + d) != P{} ? dg[0] : P{};
     for (int i = 0; i < C; ++i) {
       Tile::store(s.dk + i * ld + d, dk[i]);
@@ -148,7 +145,7 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b
         dg_sum[i] += dg[i];
     }
   }
-  T dg[C];
+  alignas(P) T dg[Tile::template room<C>];
   if constexpr (Decay::decays && !Decay::per_channel) Tile::template sums<C>(dg_sum, dg);
 
   const int64_t width = tile_width(p, g, tile);
@@ -173,8 +170,9 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Decay, C>& b
 // segment has where all are whole; where gates cut them shorter, the segment is taken in several runs, the last first,
 // each from the checkpoint on.
 template <class Tile, class Rule, class Decay, int C>
-bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& part, BackwardScratch<Tile, Decay, C>& s,
-                      const Head& head, int64_t h, int64_t t0, int64_t end, Prefetch& ahead, const Stop& stop) {
+bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& part,
+                      BackwardScratch<Tile, Rule, Decay, C>& s, const Head& head, int64_t h, int64_t t0, int64_t end,
+                      Prefetch& ahead, const Stop& stop) {
   using T = typename Tile::Scalar;
   const int64_t most = g.segment / C, size = g.ld * g.columns, block_size = C * g.columns;
   int64_t starts[C + 1] = {t0}, runs = 0;  // a block has at least one token: at most C runs, then the end
@@ -198,8 +196,8 @@ bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& p
           ahead.step();
           T* S = s.S + b * size;
           stage_columns<Tile, C>(head.v, t, s.blocks[b].n, p, g, j, s.v);
-          advance<Rule, false>(s.blocks[b], p, g.ld, s.v, S, S + size, s.RX, s.e + b * block_size, s.u + b * block_size,
-                               static_cast<T*>(nullptr));
+          advance<false>(s.blocks[b], p, g.ld, s.v, S, S + size, s.RX, s.e + b * block_size, s.u + b * block_size,
+                         static_cast<T*>(nullptr));
         }
         if (run < last) copy_in<Tile>(s.S + count * size, size, s.S, size);
       }
@@ -209,9 +207,8 @@ bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& p
         ahead.step();
         t -= s.blocks[b].n;
         stage_columns<Tile, C>(head.d_o, t, s.blocks[b].n, p, g, j, s.x + block_size);
-        retreat<Tile, Rule, Decay, C>(p, g, s.blocks[b], s, s.S + b * size, s.e + b * block_size, s.u + b * block_size,
-                                      D, t - part.begin, part, j,
-                                      part.gradients[(h - part.head_begin) * part.next_head]);
+        retreat(p, g, s.blocks[b], s, s.S + b * size, s.e + b * block_size, s.u + b * block_size, D, t - part.begin,
+                part, j, part.gradients[(h - part.head_begin) * part.next_head]);
       }
     }
   return true;
@@ -222,7 +219,7 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
   using T = typename Tile::Scalar;
   Arena arena(scratch);
   const int64_t heads = part.head_end - part.head_begin;
-  BackwardScratch<Tile, Decay, C> s(arena, g, heads);
+  BackwardScratch<Tile, Rule, Decay, C> s(arena, g, heads);
   const Sequence seq = sequence(p, part.n);
   const int64_t size = g.ld * g.columns;
   const auto adjoint = [&](int64_t h, int64_t j) { return static_cast<T*>(part.D) + (h * g.tiles + j) * size; };
@@ -242,7 +239,7 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
     Prefetch ahead(p, s.heads, heads, t0 < g.segment ? 0 : t0 - g.segment, t0,
                    2 * heads * (part.tile_end - part.tile_begin) * (g.segment / C));
     for (int64_t h = 0; h < heads; ++h) {
-      if (!segment_backward<Tile, Rule>(p, g, part, s, s.heads[h], part.head_begin + h, t0, end, ahead, stop)) return;
+      if (!segment_backward(p, g, part, s, s.heads[h], part.head_begin + h, t0, end, ahead, stop)) return;
     }
   }
 

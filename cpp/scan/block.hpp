@@ -30,7 +30,7 @@ int block_length(const Head& head, int64_t K, int64_t t, int64_t end) {
   return most;
 }
 
-template <class Tile, class Decay, int C>
+template <class Tile, class Rule, class Decay, int C>
 struct Block {
   using T = typename Tile::Scalar;
   using P = typename Tile::P;
@@ -39,8 +39,7 @@ struct Block {
   T* k_w;   // [C][ld]   kw_i: as it is written into the block's last state
   T* a;     // [C][ld] per channel, [C] per head
   T* A;     // [ld]
-  T* M;     // [C][C], lower triangle
-  T* P_;    // [C][C], lower triangle
+  T* MP;    // [C][C], rules/block.hpp
   T* beta;  // [C]
   T* keep;  // [ld]  where the first token resets: 0 for the channels it clears, 1 for the others
   bool resets;
@@ -53,8 +52,7 @@ struct Block {
     b.k_w = Decay::decays ? arena.take<T>(C * ld) : b.kq;
     b.a = arena.take<T>(Decay::per_channel ? C * ld : C);
     b.A = Decay::decays ? arena.take<T>(ld) : nullptr;
-    b.M = arena.take<T>(C * C);
-    b.P_ = arena.take<T>(C * C);
+    b.MP = arena.take<T>(Tile::template room<C * C>);
     b.beta = arena.take<T>(C);
     b.keep = Decay::decays ? arena.take<T>(ld) : nullptr;
     b.resets = false;
@@ -80,7 +78,9 @@ struct Block {
     fill<T>(kq + (C + n) * ld, (C - n) * ld, 0);
     fill<T>(beta + n, C - n, 0);
     if constexpr (Decay::decays) stage_decay(head.g, p.K, ld, t0);
-    token<0>(ld);
+    P x[Tile::template room<C * C>] = {};
+    token<0>(ld, x);
+    Tile::template sums<C * C>(x, MP);
   }
 
   // Clears the rows of a tile that the first token resets.
@@ -106,15 +106,14 @@ struct Block {
   }
 
   template <int t>
-  void token(int64_t ld) {
-    constexpr int sums = 2 * t + 1, room = (sums + Tile::kWidth - 1) / Tile::kWidth * Tile::kWidth;
-    P x[room] = {};  // the dot products m[0..t), p[0..t]
+  void token(int64_t ld, P* x) {
+    P m[t + 1] = {}, p[t + 1] = {};
     for (int64_t d = 0; d < ld; d += Tile::kWidth) {
       P kw[t + 1], kr, qr, A_t = Tile::broadcast(T(1));
       for (int i = 0; i < t; ++i) kw[i] = Tile::load(k_w + i * ld + d);
       if constexpr (Decay::decays && t > 0) A_t = Tile::load(A + d);
-      decay_token_fwd<Decay, t>(Tile::load(kq + t * ld + d), Tile::load(kq + (C + t) * ld + d), decay(t, d, ld), A_t,
-                                kr, qr, kw, x, x + t);
+      decay_token_fwd<Decay, Rule::predicts, t>(Tile::load(kq + t * ld + d), Tile::load(kq + (C + t) * ld + d),
+                                                decay(t, d, ld), A_t, kr, qr, kw, m, p);
       if constexpr (Decay::decays) {
         Tile::store(A + d, A_t);
         Tile::store(kq_r + t * ld + d, kr);
@@ -122,20 +121,18 @@ struct Block {
         for (int i = 0; i <= t; ++i) Tile::store(k_w + i * ld + d, kw[i]);
       }
     }
-    T out[sums];
-    Tile::template sums<sums>(x, out);
-    for (int i = 0; i < t; ++i) M[t * C + i] = out[i];
-    for (int i = 0; i <= t; ++i) P_[t * C + i] = out[t + i];
-    if constexpr (t + 1 < C) token<t + 1>(ld);
+    for (int i = 0; i < t; ++i) x[M_at<C>(t, i)] = m[i];
+    for (int i = 0; i <= t; ++i) x[P_at<C>(t, i)] = p[i];
+    if constexpr (t + 1 < C) token<t + 1>(ld, x);
   }
 };
 
 // Forward through one block on one tile: from v and the tile S the errors e, what is written u and, if it is asked for,
 // the output o, all [C][columns]; then the tile after the block in S_out, which may be S. A reset clears S itself.
 // RX [2C][columns] is scratch.
-template <class Rule, bool output, class Tile, class Decay, int C, class T>
-void advance(const Block<Tile, Decay, C>& b, const Problem& p, int64_t ld, const T* v, T* S, T* S_out, T* RX, T* e,
-             T* u, T* o) {
+template <bool output, class Tile, class Rule, class Decay, int C, class T>
+void advance(const Block<Tile, Rule, Decay, C>& b, const Problem& p, int64_t ld, const T* v, T* S, T* S_out, T* RX,
+             T* e, T* u, T* o) {
   using P = typename Tile::P;
   constexpr int W = Tile::kWidth, cols = Tile::kColumns;
   b.reset(p, S);
@@ -152,7 +149,7 @@ void advance(const Block<Tile, Decay, C>& b, const Problem& p, int64_t ld, const
       if constexpr (output) X[t] = Tile::load(RX + (C + t) * cols + j);
       vj[t] = Tile::load(v + t * cols + j);
     }
-    block_fwd<Rule, C>(R, X, b.M, b.P_, vj, b.beta, ej, uj, oj);
+    block_fwd<Rule, C>(R, X, b.MP, vj, b.beta, ej, uj, oj);
     FWP_UNROLL for (int t = 0; t < C; ++t) {
       Tile::store(e + t * cols + j, ej[t]);
       Tile::store(u + t * cols + j, uj[t]);

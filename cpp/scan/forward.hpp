@@ -12,17 +12,17 @@ T* checkpoint(const Problem& p, const Geometry& g, int64_t slot, int64_t h, int6
   return static_cast<T*>(p.checkpoints) + ((slot * p.H + h) * g.tiles + tile) * g.ld * g.columns;
 }
 
-template <class Tile, class Decay, int C>
+template <class Tile, class Rule, class Decay, int C>
 struct ForwardScratch {
   using T = typename Tile::Scalar;
   static constexpr int kMaxBlocks = 16;
-  Block<Tile, Decay, C> blocks[kMaxBlocks];
+  Block<Tile, Rule, Decay, C> blocks[kMaxBlocks];
   Head* heads;
   T *S, *v, *RX, *e, *u, *o;
 
   ForwardScratch(Arena& arena, const Geometry& g, int64_t head_count, int64_t tiles) {
     heads = arena.take<Head>(head_count);
-    for (int64_t i = 0; i < g.chunk / C; ++i) blocks[i] = Block<Tile, Decay, C>::take(arena, g.ld);
+    for (int64_t i = 0; i < g.chunk / C; ++i) blocks[i] = Block<Tile, Rule, Decay, C>::take(arena, g.ld);
     S = arena.take<T>(head_count * tiles * g.ld * g.columns);
     v = arena.take<T>(C * g.columns);
     RX = arena.take<T>(2 * C * g.columns);
@@ -33,9 +33,9 @@ struct ForwardScratch {
 };
 
 // Stages blocks from token t on, `most` at the most; returns how many, and in t the token after them.
-template <class Tile, class Decay, int C>
-int64_t stage_blocks(Block<Tile, Decay, C>* blocks, int64_t most, const Problem& p, const Geometry& g, const Head& head,
-                     int64_t& t, int64_t end) {
+template <class Tile, class Rule, class Decay, int C>
+int64_t stage_blocks(Block<Tile, Rule, Decay, C>* blocks, int64_t most, const Problem& p, const Geometry& g,
+                     const Head& head, int64_t& t, int64_t end) {
   int64_t count = 0;
   while (count < most && t < end) {
     const int tokens = block_length<Tile, Decay, C>(head, p.K, t, end);
@@ -47,7 +47,7 @@ int64_t stage_blocks(Block<Tile, Decay, C>* blocks, int64_t most, const Problem&
 
 // The staged blocks, from token t on, on one tile; false if the call was stopped.
 template <class Tile, class Rule, class Decay, int C, class T>
-bool scan_blocks(const Problem& p, const Geometry& g, const ForwardPart& part, ForwardScratch<Tile, Decay, C>& s,
+bool scan_blocks(const Problem& p, const Geometry& g, const ForwardPart& part, ForwardScratch<Tile, Rule, Decay, C>& s,
                  const Head& head, int64_t tile, int64_t t, int64_t count, T* S, Prefetch& ahead, const Stop& stop) {
   const int64_t first = tile * g.columns, width = tile_width(p, g, tile);
   for (int64_t i = 0; i < count; t += s.blocks[i++].n) {
@@ -56,10 +56,10 @@ bool scan_blocks(const Problem& p, const Geometry& g, const ForwardPart& part, F
     const auto& block = s.blocks[i];
     stage_columns<Tile, C>(head.v, t, block.n, p, g, tile, s.v);
     if (!part.output) {
-      advance<Rule, false>(block, p, g.ld, s.v, S, S, s.RX, s.e, s.u, s.o);
+      advance<false>(block, p, g.ld, s.v, S, S, s.RX, s.e, s.u, s.o);
       continue;
     }
-    advance<Rule, true>(block, p, g.ld, s.v, S, S, s.RX, s.e, s.u, s.o);
+    advance<true>(block, p, g.ld, s.v, S, S, s.RX, s.e, s.u, s.o);
     for (int r = 0; r < block.n; ++r)
       copy_out<Tile>(s.o + r * g.columns, width, reinterpret_cast<T*>(head.o.at(t + r)) + first);
   }
@@ -72,7 +72,7 @@ void scan_forward(const Problem& p, const Geometry& g, const ForwardPart& part, 
   Arena arena(scratch);
   const int64_t heads = part.head_end - part.head_begin, tiles = part.tile_end - part.tile_begin;
   const int64_t size = g.ld * g.columns;
-  ForwardScratch<Tile, Decay, C> s(arena, g, heads, tiles);
+  ForwardScratch<Tile, Rule, Decay, C> s(arena, g, heads, tiles);
   const Sequence seq = sequence(p, part.n);
   const auto state = [&](int64_t h, int64_t j) { return s.S + (h * tiles + j - part.tile_begin) * size; };
 
@@ -92,7 +92,7 @@ void scan_forward(const Problem& p, const Geometry& g, const ForwardPart& part, 
       for (int64_t first = t0, t = t0; t < end; first = t) {
         const int64_t count = stage_blocks(s.blocks, g.chunk / C, p, g, s.heads[h], t, end);
         for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
-          if (!scan_blocks<Tile, Rule>(p, g, part, s, s.heads[h], j, first, count, state(h, j), ahead, stop)) return;
+          if (!scan_blocks(p, g, part, s, s.heads[h], j, first, count, state(h, j), ahead, stop)) return;
       }
     }
   }

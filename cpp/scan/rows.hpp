@@ -41,11 +41,7 @@ inline Head head(const Problem& p, const Sequence& seq, int64_t h) {
 class Prefetch {
  public:
   Prefetch(const Problem& p, const Head* heads, int64_t count, int64_t begin, int64_t end, int64_t steps)
-      : heads_(heads),
-        count_(count),
-        begin_(begin),
-        rows_((end - begin) * count),
-        per_step_((rows_ + steps - 1) / steps) {
+      : heads_(heads), count_(count), token_(begin), end_(end), per_step_(((end - begin) * count + steps - 1) / steps) {
     const int64_t item = p.dtype == DType::f64 ? 8 : 4;
     keys_ = p.K * item;
     values_ = p.V * item;
@@ -53,9 +49,9 @@ class Prefetch {
 
   // Always inline: GCC takes a function that only prefetches for one without effect and drops the call.
   FWP_HD void step() {
-    for (const int64_t end = next_ + per_step_ < rows_ ? next_ + per_step_ : rows_; next_ < end; ++next_) {
-      const Head& head = heads_[next_ % count_];
-      const int64_t t = begin_ + next_ / count_;
+    for (int64_t n = per_step_; n > 0 && token_ < end_; --n) {
+      const Head& head = heads_[head_];
+      const int64_t t = token_;
       lines(head.q, t, keys_);
       lines(head.k, t, keys_);
       lines(head.v, t, values_);
@@ -64,6 +60,10 @@ class Prefetch {
       lines(head.dq, t, keys_);
       lines(head.dk, t, keys_);
       lines(head.dv, t, values_);
+      if (++head_ == count_) {
+        head_ = 0;
+        ++token_;
+      }
     }
   }
 
@@ -75,7 +75,7 @@ class Prefetch {
   }
 
   const Head* heads_;
-  int64_t count_, begin_, rows_, per_step_, keys_, values_, next_ = 0;
+  int64_t count_, token_, end_, per_step_, keys_, values_, head_ = 0;
 };
 
 template <class T>
