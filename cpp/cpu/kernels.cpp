@@ -68,8 +68,9 @@ Geometry cut(const Problem& p) {
   g.tiles = (p.V + g.columns - 1) / g.columns;
   g.chunk = p.step ? 1 : kChunkBlocks * kBlock;
   const int64_t longest = round_up(at_least(longest_sequence(p), 1), g.chunk);
-  // A checkpoint is K V numbers: one every 2K tokens costs V / 2 per token, whatever K and V.
-  g.segment = at_most(round_up(at_least(2 * g.ld, 4 * g.chunk), g.chunk), longest);
+  // A checkpoint is K V numbers: one every K tokens costs V per token, whatever K and V. Longer segments would take
+  // less memory, but backward slows down when the states and rows of one do not fit into the second-level cache.
+  g.segment = at_most(round_up(at_least(g.ld, 2 * g.chunk), g.chunk), longest);
   // Enough work between two barriers, but partial gradients of usual sizes that fit into the caches.
   constexpr int64_t kParts = 32, kTokens = 4096;
   const int64_t parts = at_least(p.H * g.tiles, 1);

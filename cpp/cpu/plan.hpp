@@ -22,28 +22,29 @@ inline int useful_threads(const Problem& p, int64_t parts) {
 
 inline size_t item_size(const Problem& p) { return p.dtype == DType::f64 ? 8 : 4; }
 
-// How heads and tiles are shared out: neighbouring heads together, as many as leave every thread a part and fit into
-// the second-level cache; the tiles of a head apart only where there are few heads, since they share the staged keys.
-// Sums over the tiles of a head must not depend on that, so they are cut in one way only, into single tiles (added one
-// by one), or, to bound the partial sums of very many tiles, always into kMostShares groups.
+// How heads and tiles are shared out: neighbouring heads together, as many as leave every thread a part and what is in
+// use of them (`cached` numbers of each) fits into the second-level cache; the tiles of a head apart only where there
+// are few heads, since they share the staged keys. Sums over the tiles of a head must not depend on that, so they are
+// cut in one way only, into single tiles (added one by one), or, to bound the partial sums of very many tiles, always
+// into kMostShares groups.
 struct Shares {
   int64_t heads, tiles;                      // of a part
   int64_t parts_per_tile_row, per_sequence;  // parts
 
-  Shares(const Problem& p, const Geometry& g, int64_t sequences) {
+  Shares(const Problem& p, const Geometry& g, int64_t sequences, int64_t cached) {
     const int64_t threads = p.threads, all = sequences * p.H;
-    const int64_t cached = std::max<int64_t>(1, kCachedStates / std::max<int64_t>(1, g.tiles * g.ld * g.columns));
+    const int64_t fitting = kCachedNumbers / std::max<int64_t>(1, cached);
     // Two parts for every thread: where one core is held up, another takes over the rest.
     const int64_t share = threads > 1 ? 2 * threads : 1;
     const bool few = all < 2 * threads;
     const int64_t group = (g.tiles + kMostShares - 1) / kMostShares;
     tiles = few || group > 1 ? group : g.tiles;
-    heads = few ? 1 : std::max<int64_t>(1, std::min({(all + share - 1) / share, cached, p.H}));
+    heads = few ? 1 : std::max<int64_t>(1, std::min({(all + share - 1) / share, fitting, p.H}));
     parts_per_tile_row = tiles ? (g.tiles + tiles - 1) / tiles : 0;
     per_sequence = (p.H + heads - 1) / heads * parts_per_tile_row;
   }
 
-  static constexpr int64_t kCachedStates = 64 * 1024;  // numbers
+  static constexpr int64_t kCachedNumbers = 128 * 1024;
   static constexpr int64_t kMostShares = 16;
 };
 
@@ -55,7 +56,7 @@ struct ForwardPlan {
 
   ForwardPlan(const Problem& p, const Kernels& k, int64_t sequences)
       : g(k.geometry(p)),
-        shares(p, g, sequences),
+        shares(p, g, sequences, g.tiles * g.ld * g.columns + 2 * g.chunk * (p.K + p.V)),
         threads(useful_threads(p, sequences * shares.per_sequence)),
         scratch((k.forward_scratch(p, g, shares.heads, shares.tiles) + 63) / 64 * 64) {}
 };
@@ -81,7 +82,8 @@ struct BackwardPlan {
   int threads;
   size_t scratch, tile_bytes;
 
-  BackwardPlan(const Problem& p, const Kernels& k) : g(k.geometry(p)), shares(p, g, g.together) {
+  BackwardPlan(const Problem& p, const Kernels& k)
+      : g(k.geometry(p)), shares(p, g, g.together, 2 * g.segment * (4 * p.K + 3 * p.V)) {
     shares_per_head = shares.parts_per_tile_row;
     const int64_t dg_width = p.decay == Decay::channel ? p.K : 1;
     fields[0] = {&Problem::q, &Problem::dq, &HeadGradients::dq, p.K, 0, false};

@@ -2,7 +2,7 @@
 //
 // Forward left a checkpoint of the state every `segment` tokens. Each segment is run forward once more, keeping the
 // state before every block, and then backward block by block with the adjoint D of the state. So every gradient,
-// dg = <dS', S'> among them, sees the state and its adjoint side by side. Memory: the checkpoints, V / 2 numbers per
+// dg = <dS', S'> among them, sees the state and its adjoint side by side. Memory: the checkpoints, V numbers per
 // token, and what a segment and a window need, whatever T.
 #pragma once
 
@@ -237,6 +237,7 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
     const int64_t t0 = part.begin + i * g.segment;
     const int64_t end = part.end - t0 < g.segment ? part.end : t0 + g.segment;
     Prefetch ahead(p, s.heads, heads, t0 < g.segment ? 0 : t0 - g.segment, t0,
+                   checkpoint_piece<T>(p, g, part, t0 / g.segment - 1),
                    2 * heads * (part.tile_end - part.tile_begin) * (g.segment / C));
     for (int64_t h = 0; h < heads; ++h) {
       if (!segment_backward(p, g, part, s, s.heads[h], part.head_begin + h, t0, end, ahead, stop)) return;

@@ -70,12 +70,13 @@ struct Block {
     const int64_t ld = g.ld;
     for (int t = 0; t < n; ++t) {
       stage_row<Tile>(head.k, t0 + t, 0, p.K, kq + t * ld, ld);
-      stage_row<Tile>(head.q, t0 + t, 0, p.K, kq + (C + t) * ld, ld, static_cast<T>(p.scale));
+      if (head.q.data) stage_row<Tile>(head.q, t0 + t, 0, p.K, kq + (C + t) * ld, ld, static_cast<T>(p.scale));
       beta[t] = 1;
       if (head.beta.data) stage_row<Tile>(head.beta, t0 + t, 0, 1, beta + t, 1);
     }
     fill<T>(kq + n * ld, (C - n) * ld, 0);
-    fill<T>(kq + (C + n) * ld, (C - n) * ld, 0);
+    const int queries = head.q.data ? n : 0;
+    fill<T>(kq + (C + queries) * ld, (C - queries) * ld, 0);
     fill<T>(beta + n, C - n, 0);
     if constexpr (Decay::decays) stage_decay(head.g, p.K, ld, t0);
     P x[Tile::template room<C * C>] = {};

@@ -12,6 +12,15 @@ T* checkpoint(const Problem& p, const Geometry& g, int64_t slot, int64_t h, int6
   return static_cast<T*>(p.checkpoints) + ((slot * p.H + h) * g.tiles + tile) * g.ld * g.columns;
 }
 
+// The checkpoints of a part, which has neighbouring heads or neighbouring tiles of one head; segment < 0: none.
+template <class T, class Part>
+Prefetch::Piece checkpoint_piece(const Problem& p, const Geometry& g, const Part& part, int64_t segment) {
+  if (segment < 0) return {nullptr, 0};
+  const int64_t tiles = (part.head_end - part.head_begin) * (part.tile_end - part.tile_begin);
+  return {checkpoint<T>(p, g, part.slot + segment, part.head_begin, part.tile_begin),
+          tiles * g.ld * g.columns * static_cast<int64_t>(sizeof(T))};
+}
+
 template <class Tile, class Rule, class Decay, int C>
 struct ForwardScratch {
   using T = typename Tile::Scalar;
@@ -76,15 +85,19 @@ void scan_forward(const Problem& p, const Geometry& g, const ForwardPart& part, 
   const Sequence seq = sequence(p, part.n);
   const auto state = [&](int64_t h, int64_t j) { return s.S + (h * tiles + j - part.tile_begin) * size; };
 
-  for (int64_t h = 0; h < heads; ++h) s.heads[h] = head(p, seq, part.head_begin + h);
+  for (int64_t h = 0; h < heads; ++h) {
+    s.heads[h] = head(p, seq, part.head_begin + h);
+    if (!part.output) s.heads[h] = s.heads[h].written();
+  }
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
       load_tile<Tile>(p.h0, part.n, part.head_begin + h, p, g, j, state(h, j));
 
   for (int64_t t0 = 0; t0 < seq.length; t0 += g.chunk) {
     const int64_t end = seq.length - t0 < g.chunk ? seq.length : t0 + g.chunk;
+    const bool saves = p.checkpoints && end < seq.length && end % g.segment == 0;
     Prefetch ahead(p, s.heads, heads, end, seq.length - end < g.chunk ? seq.length : end + g.chunk,
-                   heads * tiles * (g.chunk / C));
+                   checkpoint_piece<T>(p, g, part, saves ? end / g.segment : -1), heads * tiles * (g.chunk / C));
     for (int64_t h = 0; h < heads; ++h) {
       if (p.checkpoints && t0 % g.segment == 0)
         for (int64_t j = part.tile_begin; j < part.tile_end; ++j)

@@ -27,6 +27,16 @@ inline HeadRows head_rows(const Rows& r, const Sequence& seq, int64_t h) {
 // One head of one sequence.
 struct Head {
   HeadRows q, k, v, beta, g, o, d_o, dq, dk, dv;
+
+  // What the state is made from, without what reads it.
+  Head written() const {
+    Head w;
+    w.k = k;
+    w.v = v;
+    w.beta = beta;
+    w.g = g;
+    return w;
+  }
 };
 
 inline Head head(const Problem& p, const Sequence& seq, int64_t h) {
@@ -37,11 +47,24 @@ inline Head head(const Problem& p, const Sequence& seq, int64_t h) {
 
 // Asks for the rows of tokens [begin, end) of neighbouring heads, token by token, a little at every step. In a
 // [B,T,H,K] array that walks through memory in order; left to themselves, heads would each stride through it at a
-// fraction of the bandwidth. All at once would only fill the queues of the memory.
+// fraction of the bandwidth. All at once would only fill the queues of the memory. So do checkpoints, a piece of memory
+// of their own.
 class Prefetch {
  public:
-  Prefetch(const Problem& p, const Head* heads, int64_t count, int64_t begin, int64_t end, int64_t steps)
-      : heads_(heads), count_(count), token_(begin), end_(end), per_step_(((end - begin) * count + steps - 1) / steps) {
+  struct Piece {
+    const void* data;
+    int64_t bytes;
+  };
+  Prefetch(const Problem& p, const Head* heads, int64_t count, int64_t begin, int64_t end, const Piece& checkpoints,
+           int64_t steps)
+      : heads_(heads),
+        count_(count),
+        token_(begin),
+        end_(end),
+        rows_per_step_(((end - begin) * count + steps - 1) / steps),
+        piece_(static_cast<const char*>(checkpoints.data)),
+        piece_left_(checkpoints.bytes),
+        piece_per_step_((checkpoints.bytes / steps + 2 * kLine - 1) / kLine * kLine) {
     const int64_t item = p.dtype == DType::f64 ? 8 : 4;
     keys_ = p.K * item;
     values_ = p.V * item;
@@ -49,7 +72,7 @@ class Prefetch {
 
   // Always inline: GCC takes a function that only prefetches for one without effect and drops the call.
   FWP_HD void step() {
-    for (int64_t n = per_step_; n > 0 && token_ < end_; --n) {
+    for (int64_t n = rows_per_step_; n > 0 && token_ < end_; --n) {
       const Head& head = heads_[head_];
       const int64_t t = token_;
       lines(head.q, t, keys_);
@@ -65,17 +88,26 @@ class Prefetch {
         ++token_;
       }
     }
+    const int64_t piece = piece_per_step_ < piece_left_ ? piece_per_step_ : piece_left_;
+    lines(piece_, piece);
+    piece_ += piece;
+    piece_left_ -= piece;
   }
 
  private:
+  FWP_HD static void lines(const char* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at, 0, 2);
+  }
   FWP_HD static void lines(const HeadRows& rows, int64_t t, int64_t bytes) {
-    constexpr int64_t kLine = 64;
-    if (!rows.data) return;
-    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(rows.at(t) + at, 0, 2);
+    if (rows.data) lines(rows.at(t), bytes);
   }
 
+  static constexpr int64_t kLine = 64;
+
   const Head* heads_;
-  int64_t count_, token_, end_, per_step_, keys_, values_, head_ = 0;
+  int64_t count_, token_, end_, rows_per_step_, keys_, values_, head_ = 0;
+  const char* piece_;
+  int64_t piece_left_, piece_per_step_;
 };
 
 template <class T>
