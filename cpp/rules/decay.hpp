@@ -22,24 +22,25 @@ struct ChannelDecay {
   static constexpr bool decays = true, per_channel = true;
 };
 
-// Token t of the forward pass. A: in the product up to t - 1, out up to t. kw[i], i < t: in decayed to t - 1, out to t;
-// kw[t] out. Adds this pack's share to the dot products m[i] = M_ti (i < t, where the rule predicts) and p[i] = P_ti
-// (i <= t).
-template <class Decay, bool predicts, int t, class P>
-FWP_HD void decay_token_fwd(P k, P q, P a, P& A, P& kr, P& qr, P* kw, P* m, P* p) {
-  if constexpr (Decay::decays) A *= a;
-  kr = Decay::decays ? A * k : k;
-  qr = Decay::decays ? A * q : q;
-  FWP_UNROLL for (int i = 0; i < t; ++i) {
-    if constexpr (Decay::decays) kw[i] *= a;
-    if constexpr (predicts) m[i] += k * kw[i];
-    p[i] += q * kw[i];
+// Forward: A, kr, qr and kw of the block, and this pack's share of the dot products MP (block.hpp), added to them. M
+// only where the rule predicts.
+template <class Decay, bool predicts, int C, class P>
+FWP_HD void decay_block_fwd(const P* k, const P* q, const P* a, P& A, P* kr, P* qr, P* kw, P* MP) {
+  FWP_UNROLL for (int t = 0; t < C; ++t) {
+    if constexpr (Decay::decays) A = t == 0 ? a[0] : A * a[t];
+    kr[t] = Decay::decays ? A * k[t] : k[t];
+    qr[t] = Decay::decays ? A * q[t] : q[t];
+    FWP_UNROLL for (int i = 0; i < C; ++i) if (i < t) {  // kw_i: decayed up to t
+      if constexpr (Decay::decays) kw[i] *= a[t];
+      if constexpr (predicts) MP[M_at<C>(t, i)] += k[t] * kw[i];
+      MP[P_at<C>(t, i)] += q[t] * kw[i];
+    }
+    kw[t] = k[t];
+    MP[P_at<C>(t, t)] += q[t] * k[t];
   }
-  kw[t] = k;
-  p[t] += q * k;
 }
 
-// Backward of the whole block: from the adjoints dkr, dqr, dkw, dM and dP (in one square dMP, block.hpp) and, for dg,
+// Backward: from the adjoints dkr, dqr, dkw, dM and dP (in one square dMP, block.hpp) and, for dg,
 // the channel sums H = sum over value columns of D1 * S0, the gradients dk, dq and dg of this pack of channels. A rule
 // that does not predict has no kr and no M; leaving them out, rather than adding zeros, keeps a NaN from reaching what
 // does not depend on it.

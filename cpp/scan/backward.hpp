@@ -175,13 +175,9 @@ bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& p
                       Prefetch& ahead, const Stop& stop) {
   using T = typename Tile::Scalar;
   const int64_t most = g.segment / C, size = g.ld * g.columns, block_size = C * g.columns;
-  int64_t starts[C + 1] = {t0}, runs = 0;  // a block has at least one token: at most C runs, then the end
-  while (starts[runs] < end) {
-    int64_t t = starts[runs];
-    for (int64_t b = 0; b < most && t < end; ++b) t += block_length<Tile, Decay, C>(head, p.K, t, end);
-    starts[++runs] = t;
-  }
-  int64_t staged = -1, count = 0;
+  int64_t starts[C + 1] = {t0}, runs = 0, count = 0;  // a block has at least one token: at most C runs, then the end
+  for (int64_t t = t0; t < end; starts[++runs] = t) count = stage_blocks(s.blocks, most, p, g, head, t, end);
+  int64_t staged = runs - 1;
   for (int64_t last = runs - 1; last >= 0; --last)
     for (int64_t j = part.tile_begin; j < part.tile_end; ++j) {
       T* const D = static_cast<T*>(part.D) + (h * g.tiles + j) * size;

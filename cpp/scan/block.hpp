@@ -11,25 +11,6 @@
 namespace fwp {
 namespace {
 
-// Where the block that starts at token t ends: after C tokens, but before any whose gate, with those of the block so
-// far, might take a product of decays out of the range of T. So products inside a block are as good as the recurrence's
-// own steps, whatever the gates, and a gate that is not finite stands first: there a reset (g = -inf) clears the state
-// by selection, and nothing of the past survives it, not even NaN. The past alone decides: the rule is causal.
-template <class Tile, class Decay, int C>
-int block_length(const Head& head, int64_t K, int64_t t, int64_t end) {
-  using T = typename Tile::Scalar;
-  const int most = end - t < C ? static_cast<int>(end - t) : C;
-  if constexpr (Decay::decays) {
-    constexpr T kRange = sizeof(T) == 8 ? 600 : 60;  // exp of it, and of minus it, leave room for the data
-    T range = 0;
-    for (int i = 0; i < most; ++i) {
-      range += gate_size<Tile, T>(head.g, t + i, Decay::per_channel ? K : 1);
-      if (i > 0 && !(range <= kRange)) return i;
-    }
-  }
-  return most;
-}
-
 template <class Tile, class Rule, class Decay, int C>
 struct Block {
   using T = typename Tile::Scalar;
@@ -37,7 +18,7 @@ struct Block {
   T* kq;    // [2C][ld]  k_t, then scale * q_t; zero rows from token n on
   T* kq_r;  // [2C][ld]  kr_t, then qr_t: as they read the block's first state
   T* k_w;   // [C][ld]   kw_i: as it is written into the block's last state
-  T* a;     // [C][ld] per channel, [C] per head
+  T* a;     // [C][ld] per channel, [C] per head: decays
   T* A;     // [ld]
   T* MP;    // [C][C], rules/block.hpp
   T* beta;  // [C]
@@ -50,7 +31,7 @@ struct Block {
     b.kq = arena.take<T>(2 * C * ld);
     b.kq_r = Decay::decays ? arena.take<T>(2 * C * ld) : b.kq;
     b.k_w = Decay::decays ? arena.take<T>(C * ld) : b.kq;
-    b.a = arena.take<T>(Decay::per_channel ? C * ld : C);
+    b.a = arena.take<T>(Decay::per_channel ? C * ld : Tile::template room<C>);
     b.A = Decay::decays ? arena.take<T>(ld) : nullptr;
     b.MP = arena.take<T>(Tile::template room<C * C>);
     b.beta = arena.take<T>(C);
@@ -65,23 +46,23 @@ struct Block {
     return Tile::broadcast(a[t]);
   }
 
-  void stage(const Problem& p, const Geometry& g, const Head& head, int64_t t0, int tokens) {
-    n = tokens;
+  // Stages the tokens from t0 on, at most C and none from `end` on; returns how many.
+  int stage(const Problem& p, const Geometry& g, const Head& head, int64_t t0, int64_t end) {
     const int64_t ld = g.ld;
+    n = end - t0 < C ? static_cast<int>(end - t0) : C;
+    if constexpr (Decay::decays) stage_decay(head.g, p.K, ld, t0);
     for (int t = 0; t < n; ++t) {
       stage_row<Tile>(head.k, t0 + t, 0, p.K, kq + t * ld, ld);
       if (head.q.data) stage_row<Tile>(head.q, t0 + t, 0, p.K, kq + (C + t) * ld, ld, static_cast<T>(p.scale));
       beta[t] = 1;
       if (head.beta.data) stage_row<Tile>(head.beta, t0 + t, 0, 1, beta + t, 1);
     }
-    fill<T>(kq + n * ld, (C - n) * ld, 0);
     const int queries = head.q.data ? n : 0;
+    fill<T>(kq + n * ld, (C - n) * ld, 0);
     fill<T>(kq + (C + queries) * ld, (C - queries) * ld, 0);
     fill<T>(beta + n, C - n, 0);
-    if constexpr (Decay::decays) stage_decay(head.g, p.K, ld, t0);
-    P x[Tile::template room<C * C>] = {};
-    token<0>(ld, x);
-    Tile::template sums<C * C>(x, MP);
+    multiply(ld);
+    return n;
   }
 
   // Clears the rows of a tile that the first token resets.
@@ -92,39 +73,69 @@ struct Block {
   }
 
  private:
+  // Where the block ends: before any token whose gate, with those of the block so far, might take a product of decays
+  // out of the range of T. So products inside a block are as good as the recurrence's own steps, whatever the gates,
+  // and a gate that is not finite stands first: there a reset (g = -inf) clears the state by selection, and nothing of
+  // the past survives it, not even NaN. The past alone decides: the rule is causal.
   void stage_decay(const HeadRows& g, int64_t K, int64_t ld, int64_t t0) {
     const int64_t width = Decay::per_channel ? K : 1, padded = Decay::per_channel ? ld : 1;
+    const int64_t size = Decay::per_channel ? C * ld : Tile::template room<C>;
     for (int t = 0; t < n; ++t) stage_row<Tile>(g, t0 + t, 0, width, a + t * padded, padded);
-    fill<T>(a + n * padded, (C - n) * padded, 0);  // tokens that are not there do not decay
-    if constexpr (Decay::per_channel)
-      for (int64_t i = 0; i < C * ld; i += Tile::kWidth) Tile::store(a + i, Tile::exp(Tile::load(a + i)));
-    else
-      for (int t = 0; t < C; ++t) a[t] = Tile::exp(Tile::broadcast(a[t]))[0];
+    while (n > 1 && !in_range(n, padded)) --n;
     resets = false;
-    for (int64_t d = 0; d < width; ++d) resets |= is_reset(g, t0, d);
-    if (!resets) return;
-    for (int64_t d = 0; d < ld; ++d) keep[d] = Decay::per_channel && (d >= K || !is_reset(g, t0, d)) ? 1 : 0;
+    if (!in_range(n, padded))
+      for (int64_t d = 0; d < width; ++d) resets |= a[d] == -infinity();
+    for (int64_t d = 0; d < ld && resets; ++d) keep[d] = a[Decay::per_channel ? d : 0] == -infinity() ? 0 : 1;
+    fill<T>(a + n * padded, size - n * padded, 0);  // tokens that are not there do not decay
+    for (int64_t i = 0; i < size; i += Tile::kWidth) Tile::store(a + i, Tile::exp(Tile::load(a + i)));
   }
 
-  template <int t>
-  void token(int64_t ld, P* x) {
-    P m[t + 1] = {}, p[t + 1] = {};
+  // Whether the gates of the first tokens, summed in magnitude, leave room for the data in every channel.
+  bool in_range(int tokens, int64_t padded) const {
+    constexpr T kRange = sizeof(T) == 8 ? 600 : 60;
+    if constexpr (!Decay::per_channel) {
+      T sum = 0;
+      for (int t = 0; t < tokens; ++t) sum += a[t] < 0 ? -a[t] : a[t];
+      return sum <= kRange;
+    }
+    P outside = {};  // above 0 or NaN in a lane that is out of range
+    for (int64_t d = 0; d < padded; d += Tile::kWidth) {
+      P sum = {};
+      for (int t = 0; t < tokens; ++t) {
+        const P x = Tile::load(a + t * padded + d);
+        sum += x < 0 ? -x : x;
+      }
+      outside += sum <= kRange ? P{} : sum;
+    }
+    T total = 0;
+    for (int l = 0; l < Tile::kWidth; ++l) total += outside[l];
+    return total == 0;
+  }
+  static constexpr T infinity() {
+    return sizeof(T) == 8 ? static_cast<T>(__builtin_inf()) : static_cast<T>(__builtin_inff());
+  }
+
+  // The decayed rows, and the dot products inside the block.
+  void multiply(int64_t ld) {
+    P x[Tile::template room<C * C>] = {};
     for (int64_t d = 0; d < ld; d += Tile::kWidth) {
-      P kw[t + 1], kr, qr, A_t = Tile::broadcast(T(1));
-      for (int i = 0; i < t; ++i) kw[i] = Tile::load(k_w + i * ld + d);
-      if constexpr (Decay::decays && t > 0) A_t = Tile::load(A + d);
-      decay_token_fwd<Decay, Rule::predicts, t>(Tile::load(kq + t * ld + d), Tile::load(kq + (C + t) * ld + d),
-                                                decay(t, d, ld), A_t, kr, qr, kw, m, p);
+      P k[C], q[C], at[C] = {}, A_d = {}, kr[C], qr[C], kw[C];
+      FWP_UNROLL for (int t = 0; t < C; ++t) {
+        k[t] = Tile::load(kq + t * ld + d);
+        q[t] = Tile::load(kq + (C + t) * ld + d);
+        if constexpr (Decay::decays) at[t] = decay(t, d, ld);
+      }
+      decay_block_fwd<Decay, Rule::predicts, C>(k, q, at, A_d, kr, qr, kw, x);
       if constexpr (Decay::decays) {
-        Tile::store(A + d, A_t);
-        Tile::store(kq_r + t * ld + d, kr);
-        Tile::store(kq_r + (C + t) * ld + d, qr);
-        for (int i = 0; i <= t; ++i) Tile::store(k_w + i * ld + d, kw[i]);
+        Tile::store(A + d, A_d);
+        FWP_UNROLL for (int t = 0; t < C; ++t) {
+          Tile::store(kq_r + t * ld + d, kr[t]);
+          Tile::store(kq_r + (C + t) * ld + d, qr[t]);
+          Tile::store(k_w + t * ld + d, kw[t]);
+        }
       }
     }
-    for (int i = 0; i < t; ++i) x[M_at<C>(t, i)] = m[i];
-    for (int i = 0; i <= t; ++i) x[P_at<C>(t, i)] = p[i];
-    if constexpr (t + 1 < C) token<t + 1>(ld, x);
+    Tile::template sums<C * C>(x, MP);
   }
 };
 

@@ -46,11 +46,7 @@ template <class Tile, class Rule, class Decay, int C>
 int64_t stage_blocks(Block<Tile, Rule, Decay, C>* blocks, int64_t most, const Problem& p, const Geometry& g,
                      const Head& head, int64_t& t, int64_t end) {
   int64_t count = 0;
-  while (count < most && t < end) {
-    const int tokens = block_length<Tile, Decay, C>(head, p.K, t, end);
-    blocks[count++].stage(p, g, head, t, tokens);
-    t += tokens;
-  }
+  while (count < most && t < end) t += blocks[count++].stage(p, g, head, t, end);
   return count;
 }
 

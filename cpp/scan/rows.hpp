@@ -26,7 +26,7 @@ inline HeadRows head_rows(const Rows& r, const Sequence& seq, int64_t h) {
 
 // One head of one sequence.
 struct Head {
-  HeadRows q, k, v, beta, g, o, d_o, dq, dk, dv;
+  HeadRows q, k, v, beta, g, o, d_o, dq, dk, dv, dg;
 
   // What the state is made from, without what reads it.
   Head written() const {
@@ -41,8 +41,8 @@ struct Head {
 
 inline Head head(const Problem& p, const Sequence& seq, int64_t h) {
   const auto rows = [&](const Rows& r) { return head_rows(r, seq, h); };
-  return {rows(p.q), rows(p.k),   rows(p.v),  rows(p.beta), rows(p.g),
-          rows(p.o), rows(p.d_o), rows(p.dq), rows(p.dk),   rows(p.dv)};
+  return {rows(p.q),   rows(p.k),  rows(p.v),  rows(p.beta), rows(p.g), rows(p.o),
+          rows(p.d_o), rows(p.dq), rows(p.dk), rows(p.dv),   rows(p.dg)};
 }
 
 // Asks for the rows of tokens [begin, end) of neighbouring heads, token by token, a little at every step. In a
@@ -68,6 +68,7 @@ class Prefetch {
     const int64_t item = p.dtype == DType::f64 ? 8 : 4;
     keys_ = p.K * item;
     values_ = p.V * item;
+    gates_ = p.decay == Decay::channel ? keys_ : 0;
   }
 
   // Always inline: GCC takes a function that only prefetches for one without effect and drops the call.
@@ -83,6 +84,8 @@ class Prefetch {
       lines(head.dq, t, keys_);
       lines(head.dk, t, keys_);
       lines(head.dv, t, values_);
+      lines(head.g, t, gates_);
+      lines(head.dg, t, gates_);
       if (++head_ == count_) {
         head_ = 0;
         ++token_;
@@ -105,7 +108,7 @@ class Prefetch {
   static constexpr int64_t kLine = 64;
 
   const Head* heads_;
-  int64_t count_, token_, end_, rows_per_step_, keys_, values_, head_ = 0;
+  int64_t count_, token_, end_, rows_per_step_, keys_, values_, gates_, head_ = 0;
   const char* piece_;
   int64_t piece_left_, piece_per_step_;
 };
@@ -171,45 +174,6 @@ void store_tile(const T* S, const Problem& p, const Geometry& g, int64_t tile, c
   if (!s.data) return;
   T* to = static_cast<T*>(s.data) + n * s.n + h * s.h + tile * g.columns;
   for (int64_t d = 0; d < p.K; ++d) copy_out<Tile>(S + d * g.columns, tile_width(p, g, tile), to + d * s.k);
-}
-
-// g = -inf clears the state; only that: a strong finite gate is a product like any other.
-inline bool is_reset(const HeadRows& g, int64_t t, int64_t channel) {
-  return g.dtype == DType::f64 ? reinterpret_cast<const double*>(g.at(t))[channel] == -__builtin_inf()
-                               : reinterpret_cast<const float*>(g.at(t))[channel] == -__builtin_inff();
-}
-
-// The largest |g| of a token, +inf if any is not finite.
-template <class Tile, class T>
-T largest_gate(const T* g, int64_t channels) {
-  using P = typename Tile::P;
-  P most = {}, odd = {};  // odd: 0, or NaN once a gate was not finite
-  int64_t i = 0;
-  for (; i + Tile::kWidth <= channels; i += Tile::kWidth) {
-    const P x = Tile::load_unaligned(g + i), size = x < 0 ? -x : x;
-    most = size > most ? size : most;
-    odd += x - x;
-  }
-  T largest = 0, sum = 0;
-  const auto take = [&](T size, T zero) {
-    if (size > largest) largest = size;
-    sum += zero;
-  };
-  for (int l = 0; l < Tile::kWidth; ++l) take(most[l], odd[l]);
-  for (; i < channels; ++i) take(g[i] < 0 ? -g[i] : g[i], g[i] - g[i]);
-  return sum == 0 ? largest : static_cast<T>(__builtin_inff());
-}
-template <class Tile, class T>
-T gate_size(const HeadRows& g, int64_t t, int64_t channels) {
-  if (g.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32))
-    return largest_gate<Tile>(reinterpret_cast<const T*>(g.at(t)), channels);
-  T largest = 0;
-  for (int64_t d = 0; d < channels; ++d) {
-    const T x = static_cast<T>(reinterpret_cast<const float*>(g.at(t))[d]), size = x < 0 ? -x : x;
-    if (!(size <= largest)) largest = size;
-    if (!(x - x == 0)) return static_cast<T>(__builtin_inff());
-  }
-  return largest;
 }
 
 }  // namespace
