@@ -64,20 +64,10 @@ bool for_each(int threads, int64_t count, Interruption& interruption, Body body)
 // Forward over sequences [begin, end).
 bool scan_sequences(const Problem& p, const Kernels& k, const ForwardPlan& plan, void* workspace, int64_t begin,
                     int64_t end, bool output, Interruption& interruption) {
-  const Geometry& g = plan.g;
-  const Shares& shares = plan.shares;
-  const int64_t slot = output ? 0 : first_slot(p, g, begin);
-  return for_each(plan.threads, (end - begin) * shares.per_sequence, interruption, [&](int64_t index, int worker) {
-    const int64_t in_sequence = index % shares.per_sequence;
-    ForwardPart part{};
-    part.n = begin + index / shares.per_sequence;
-    part.head_begin = in_sequence / shares.parts_per_tile_row * shares.heads;
-    part.head_end = std::min(part.head_begin + shares.heads, p.H);
-    part.tile_begin = in_sequence % shares.parts_per_tile_row * shares.tiles;
-    part.tile_end = std::min(part.tile_begin + shares.tiles, g.tiles);
-    part.slot = first_slot(p, g, part.n) - slot;
-    part.output = output;
-    k.forward(p, g, part, static_cast<char*>(workspace) + static_cast<size_t>(worker) * plan.scratch,
+  const int64_t slot = first_slot(p, plan.g, begin);
+  return for_each(plan.threads, (end - begin) * plan.shares.per_sequence, interruption, [&](int64_t i, int worker) {
+    const ForwardPart part{plan.shares.part(p, plan.g, begin, slot, i), output};
+    k.forward(p, plan.g, part, static_cast<char*>(workspace) + static_cast<size_t>(worker) * plan.scratch,
               interruption.stop());
   });
 }
@@ -101,10 +91,8 @@ class Backward {
 
  private:
   bool run_sequences(int64_t begin, int64_t end) {
-    slot_ = 0;
     if (memory_.checkpoints) {
       p_.checkpoints = memory_.checkpoints;
-      slot_ = first_slot(p_, plan_.g, begin);
       if (!scan_sequences(p_, k_, forward_, memory_.scratch, begin, end, false, interruption_)) return false;
     }
     int64_t windows = 1;  // an empty sequence still hands its state's adjoint back
@@ -143,22 +131,17 @@ class Backward {
   bool run_window(int64_t begin, int64_t end, int64_t first) {
     const Geometry& g = plan_.g;
     const Shares& shares = plan_.shares;
+    const int64_t slot = memory_.checkpoints ? first_slot(p_, g, begin) : 0;  // the caller's hold all sequences
     return for_each(plan_.threads, (end - begin) * shares.per_sequence, interruption_, [&](int64_t i, int worker) {
-      const int64_t in_group = i / shares.per_sequence, share = i % shares.parts_per_tile_row;
       BackwardPart part{};
-      part.n = begin + in_group;
-      const int64_t length = sequence(p_, part.n).length;
+      static_cast<Part&>(part) = shares.part(p_, g, begin, slot, i);
+      const int64_t length = sequence(p_, part.n).length, heads_before = (part.n - begin) * p_.H;
       if (first >= length && first > 0) return;
-      part.head_begin = i % shares.per_sequence / shares.parts_per_tile_row * shares.heads;
-      part.head_end = std::min(part.head_begin + shares.heads, p_.H);
-      part.tile_begin = share * shares.tiles;
-      part.tile_end = std::min(part.tile_begin + shares.tiles, g.tiles);
-      part.slot = first_slot(p_, g, part.n) - slot_;
       part.begin = first;
       part.end = std::min(first + g.window, length);
-      part.D = memory_.D + static_cast<size_t>(in_group * p_.H * g.tiles) * plan_.tile_bytes;
+      part.D = memory_.D + static_cast<size_t>(heads_before * g.tiles) * plan_.tile_bytes;
       part.next_head = plan_.shares_per_head;
-      part.gradients = memory_.gradients + (in_group * p_.H + part.head_begin) * part.next_head + share;
+      part.gradients = memory_.gradients + (heads_before + part.head_begin) * part.next_head + shares.share(i);
       k_.backward(p_, g, part, memory_.scratch + static_cast<size_t>(worker) * plan_.scratch, interruption_.stop());
     });
   }
@@ -197,7 +180,6 @@ class Backward {
   const ForwardPlan forward_;
   BackwardMemory memory_;
   Interruption interruption_;
-  int64_t slot_ = 0;
 };
 
 std::atomic<int> num_threads{0};

@@ -44,6 +44,21 @@ struct Shares {
     per_sequence = (p.H + heads - 1) / heads * parts_per_tile_row;
   }
 
+  // Which of the parts of a head: the one whose partial sums these are.
+  int64_t share(int64_t index) const { return index % parts_per_tile_row; }
+
+  // The index-th part of sequences `begin` and on; slots are counted from `slot`.
+  Part part(const Problem& p, const Geometry& g, int64_t begin, int64_t slot, int64_t index) const {
+    Part part;
+    part.n = begin + index / per_sequence;
+    part.head_begin = index % per_sequence / parts_per_tile_row * heads;
+    part.head_end = std::min(part.head_begin + heads, p.H);
+    part.tile_begin = share(index) * tiles;
+    part.tile_end = std::min(part.tile_begin + tiles, g.tiles);
+    part.slot = first_slot(p, g, part.n) - slot;
+    return part;
+  }
+
   static constexpr int64_t kCachedNumbers = 128 * 1024;
   static constexpr int64_t kMostShares = 16;
 };

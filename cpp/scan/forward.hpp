@@ -13,7 +13,7 @@ T* checkpoint(const Problem& p, const Geometry& g, int64_t slot, int64_t h, int6
 }
 
 // The checkpoints of a part, which has neighbouring heads or neighbouring tiles of one head; segment < 0: none.
-template <class T, class Part>
+template <class T>
 Prefetch::Piece checkpoint_piece(const Problem& p, const Geometry& g, const Part& part, int64_t segment) {
   if (segment < 0) return {nullptr, 0};
   const int64_t tiles = (part.head_end - part.head_begin) * (part.tile_end - part.tile_begin);

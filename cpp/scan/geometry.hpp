@@ -18,14 +18,17 @@ struct Geometry {
   int64_t together = 0;  // sequences that backward works on between two barriers
 };
 
-// The part of a forward scan that one worker does at a time. Neighbouring heads lie side by side in memory, so they are
-// taken together, chunk by chunk of tokens.
-struct ForwardPart {
+// What one worker does at a time. Neighbouring heads lie side by side in memory, so they are taken together, chunk by
+// chunk of tokens.
+struct Part {
   int64_t n;  // sequence
   int64_t head_begin, head_end;
   int64_t tile_begin, tile_end;  // tiles of value columns
   int64_t slot;                  // first checkpoint slot of this sequence
-  bool output;                   // false: only checkpoints are wanted
+};
+
+struct ForwardPart : Part {
+  bool output;  // false: only checkpoints are wanted
 };
 
 // Rows of one gradient for one head, from the first token of a window on: the caller's array itself, or a partial sum.
@@ -37,12 +40,8 @@ struct HeadGradients {
   GradientRows dq, dk, dv, dbeta, dg;
 };
 
-// The part of a backward scan that one worker does at a time: a window of tokens of some heads and tiles.
-struct BackwardPart {
-  int64_t n;
-  int64_t head_begin, head_end;
-  int64_t tile_begin, tile_end;
-  int64_t slot;                    // first checkpoint slot of this sequence
+// A window of tokens.
+struct BackwardPart : Part {
   int64_t begin, end;              // tokens of the sequence, begin a multiple of the window
   void* D;                         // of this sequence, [H][tiles][ld][columns], kept from window to window
   const HeadGradients* gradients;  // of this sequence and these tiles, next_head entries from head to head
