@@ -168,15 +168,15 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Rule, Decay,
 
 // Tokens [t0, end) of one head: forward from the checkpoint, then backward. The scratch holds as many blocks as a
 // segment has where all are whole; where gates cut them shorter, the segment is taken in several runs, the last first,
-// each from the checkpoint on.
+// each from the checkpoint on. again: the blocks are still staged, from a head with the same keys and no gates.
 template <class Tile, class Rule, class Decay, int C>
 bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& part,
-                      BackwardScratch<Tile, Rule, Decay, C>& s, const Head& head, int64_t h, int64_t t0, int64_t end,
-                      Prefetch& ahead, const Stop& stop) {
+                      BackwardScratch<Tile, Rule, Decay, C>& s, const Head& head, bool again, int64_t h, int64_t t0,
+                      int64_t end, Prefetch& ahead, const Stop& stop) {
   using T = typename Tile::Scalar;
   const int64_t most = g.segment / C, size = g.ld * g.columns, block_size = C * g.columns;
   int64_t starts[C + 1] = {t0}, runs = 0, count = 0;  // a block has at least one token: at most C runs, then the end
-  for (int64_t t = t0; t < end; starts[++runs] = t) count = stage_blocks(s.blocks, most, p, g, head, t, end);
+  for (int64_t t = t0; t < end; starts[++runs] = t) count = stage_blocks(s.blocks, most, p, g, head, t, end, again);
   int64_t staged = runs - 1;
   for (int64_t last = runs - 1; last >= 0; --last)
     for (int64_t j = part.tile_begin; j < part.tile_end; ++j) {
@@ -184,7 +184,7 @@ bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& p
       copy_in<Tile>(checkpoint<T>(p, g, part.slot + t0 / g.segment, h, j), size, s.S, size);
       for (int64_t run = 0; run <= last; ++run) {
         int64_t t = starts[run];
-        if (staged != run) count = stage_blocks(s.blocks, most, p, g, head, t, end);
+        if (staged != run) count = stage_blocks(s.blocks, most, p, g, head, t, end, false);
         staged = run;
         t = starts[run];
         for (int64_t b = 0; b < count; t += s.blocks[b++].n) {
@@ -236,7 +236,8 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
                    checkpoint_piece<T>(p, g, part, t0 / g.segment - 1),
                    2 * heads * (part.tile_end - part.tile_begin) * (g.segment / C));
     for (int64_t h = 0; h < heads; ++h) {
-      if (!segment_backward(p, g, part, s, s.heads[h], part.head_begin + h, t0, end, ahead, stop)) return;
+      const bool again = !Decay::decays && h > 0 && s.heads[h].same_keys(s.heads[h - 1]);
+      if (!segment_backward(p, g, part, s, s.heads[h], again, part.head_begin + h, t0, end, ahead, stop)) return;
     }
   }
 

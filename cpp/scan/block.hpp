@@ -54,14 +54,19 @@ struct Block {
     for (int t = 0; t < n; ++t) {
       stage_row<Tile>(head.k, t0 + t, 0, p.K, kq + t * ld, ld);
       if (head.q.data) stage_row<Tile>(head.q, t0 + t, 0, p.K, kq + (C + t) * ld, ld, static_cast<T>(p.scale));
-      beta[t] = 1;
-      if (head.beta.data) stage_row<Tile>(head.beta, t0 + t, 0, 1, beta + t, 1);
     }
     const int queries = head.q.data ? n : 0;
     fill<T>(kq + n * ld, (C - n) * ld, 0);
     fill<T>(kq + (C + queries) * ld, (C - queries) * ld, 0);
-    fill<T>(beta + n, C - n, 0);
     multiply(ld);
+    return stage_beta(head, t0);
+  }
+
+  // What is left to do for a head with the same keys and queries (and no gates) as the one staged.
+  int stage_beta(const Head& head, int64_t t0) {
+    fill<T>(beta, n, 1);
+    for (int t = 0; t < n && head.beta.data; ++t) stage_row<Tile>(head.beta, t0 + t, 0, 1, beta + t, 1);
+    fill<T>(beta + n, C - n, 0);
     return n;
   }
 

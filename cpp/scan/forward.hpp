@@ -41,12 +41,16 @@ struct ForwardScratch {
   }
 };
 
-// Stages blocks from token t on, `most` at the most; returns how many, and in t the token after them.
+// Stages blocks from token t on, `most` at the most; returns how many, and in t the token after them. again: they are
+// those that were staged for another head with the same keys.
 template <class Tile, class Rule, class Decay, int C>
 int64_t stage_blocks(Block<Tile, Rule, Decay, C>* blocks, int64_t most, const Problem& p, const Geometry& g,
-                     const Head& head, int64_t& t, int64_t end) {
+                     const Head& head, int64_t& t, int64_t end, bool again) {
   int64_t count = 0;
-  while (count < most && t < end) t += blocks[count++].stage(p, g, head, t, end);
+  while (count < most && t < end) {
+    auto& block = blocks[count++];
+    t += again ? block.stage_beta(head, t) : block.stage(p, g, head, t, end);
+  }
   return count;
 }
 
@@ -98,8 +102,9 @@ void scan_forward(const Problem& p, const Geometry& g, const ForwardPart& part, 
       if (p.checkpoints && t0 % g.segment == 0)
         for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
           copy_out<Tile>(state(h, j), size, checkpoint<T>(p, g, part.slot + t0 / g.segment, part.head_begin + h, j));
+      const bool again = !Decay::decays && h > 0 && s.heads[h].same_keys(s.heads[h - 1]);
       for (int64_t first = t0, t = t0; t < end; first = t) {
-        const int64_t count = stage_blocks(s.blocks, g.chunk / C, p, g, s.heads[h], t, end);
+        const int64_t count = stage_blocks(s.blocks, g.chunk / C, p, g, s.heads[h], t, end, again);
         for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
           if (!scan_blocks(p, g, part, s, s.heads[h], j, first, count, state(h, j), ahead, stop)) return;
       }

@@ -28,6 +28,9 @@ inline HeadRows head_rows(const Rows& r, const Sequence& seq, int64_t h) {
 struct Head {
   HeadRows q, k, v, beta, g, o, d_o, dq, dk, dv, dg;
 
+  bool same_keys(const Head& other) const {
+    return q.data == other.q.data && k.data == other.k.data && g.data == other.g.data;
+  }
   // What the state is made from, without what reads it.
   Head written() const {
     Head w;

@@ -3,8 +3,6 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
-#include <utility>
-
 #include "reference.hpp"
 
 #define FWP_HD inline
@@ -43,7 +41,7 @@ struct Block {
   static constexpr int C = Case::C, K = kChannels;
 
   double k[K][C], q[K][C], a[K][C], kr[K][C], qr[K][C], kw[K][C], A[K], S0[K], S1[K];
-  double M[C * C] = {}, P[C * C] = {}, v[C], beta[C], e[C], u[C], o[C];
+  double MP[C * C] = {}, v[C], beta[C], e[C], u[C], o[C];
 
   explicit Block(const Inputs& x) {
     for (int t = 0; t < C; ++t) {
@@ -61,7 +59,7 @@ struct Block {
   void forward() {
     for (int d = 0; d < K; ++d) {
       A[d] = 1;
-      decay_tokens(d, std::make_integer_sequence<int, C>());
+      decay_block_fwd<Decay, Rule::predicts, C>(k[d], q[d], a[d], A[d], kr[d], qr[d], kw[d], MP);
     }
     double R[C] = {}, X[C] = {};
     for (int t = 0; t < C; ++t)
@@ -69,7 +67,7 @@ struct Block {
         R[t] += kr[d][t] * S0[d];
         X[t] += qr[d][t] * S0[d];
       }
-    block_fwd<Rule, C>(R, X, M, P, v, beta, e, u, o);
+    block_fwd<Rule, C>(R, X, MP, v, beta, e, u, o);
     for (int d = 0; d < K; ++d) {
       S1[d] = A[d] * S0[d];
       for (int t = 0; t < C; ++t) S1[d] += kw[d][t] * u[t];
@@ -83,17 +81,15 @@ struct Block {
     double Z[C] = {}, p[C], de[C];
     for (int t = 0; t < C; ++t)
       for (int d = 0; d < K; ++d) Z[t] += kw[d][t] * dy.hT[d];
-    block_bwd<Rule, C>(Z, M, P, dy.o.data(), beta, p, de);
+    block_bwd<Rule, C>(Z, MP, dy.o.data(), beta, p, de);
 
     const double unused = std::nan("");  // by a rule that does not predict
-    double dM[C * C], dP[C * C];
+    double dMP[C * C];
     for (int t = 0; t < C; ++t) {
       grad.v[t] = de[t];
       grad.beta[t] = p[t] * e[t];
-      for (int i = 0; i < C; ++i) {
-        dM[t * C + i] = Rule::predicts ? -de[t] * u[i] : unused;
-        dP[t * C + i] = dy.o[t] * u[i];
-      }
+      for (int i = 0; i < t; ++i) dMP[M_at<C>(t, i)] = Rule::predicts ? -de[t] * u[i] : unused;
+      for (int i = 0; i <= t; ++i) dMP[P_at<C>(t, i)] = dy.o[t] * u[i];
     }
     for (int d = 0; d < K; ++d) {
       double dkr[C], dqr[C], dkw[C], dk[C], dq[C], dg[C] = {};
@@ -104,7 +100,7 @@ struct Block {
         dkw[t] = u[t] * dy.hT[d];
         grad.h0[d] += qr[d][t] * dy.o[t] - (Rule::predicts ? kr[d][t] * de[t] : 0);
       }
-      decay_block_bwd<Decay, Rule::predicts, C>(k[d], q[d], a[d], dkr, dqr, dkw, dM, dP, dy.hT[d] * S0[d], dk, dq, dg);
+      decay_block_bwd<Decay, Rule::predicts, C>(k[d], q[d], a[d], dkr, dqr, dkw, dMP, dy.hT[d] * S0[d], dk, dq, dg);
       for (int t = 0; t < C; ++t) {
         grad.k[t * K + d] = dk[t];
         grad.q[t * K + d] = dq[t];
@@ -112,12 +108,6 @@ struct Block {
       }
     }
     return grad;
-  }
-
- private:
-  template <int... t>
-  void decay_tokens(int d, std::integer_sequence<int, t...>) {
-    (decay_token_fwd<Decay, t>(k[d][t], q[d][t], a[d][t], A[d], kr[d][t], qr[d][t], kw[d], M + t * C, P + t * C), ...);
   }
 };
 
