@@ -1,5 +1,6 @@
-"""The sdist and the wheel: complete, small, and usable from C, CMake, pkg-config and Cython."""
+"""The sdist, the wheel, an editable install: complete, small, usable from C, CMake, pkg-config and Cython."""
 
+import ast
 import os
 import re
 import subprocess
@@ -14,7 +15,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 DOWNSTREAM = Path(__file__).parent / "downstream"
-BUILD_TOOLS = ["build", "cmake", "cython", "cython-cmake", "ninja", "pybind11", "scikit-build-core"]
 MEGABYTE = 2**20
 
 
@@ -45,25 +45,60 @@ class Environment:
 
 @pytest.fixture(scope="session")
 def tools(tmp_path_factory):
+    """An environment with what pyproject.toml says that a build needs, CMake and Ninja, and no more."""
+    settings = (ROOT / "pyproject.toml").read_text()
+    requires = re.search(r"^requires = (\[.+\])$", settings, re.MULTILINE).group(1)
     environment = Environment(tmp_path_factory.mktemp("tools") / "venv")
-    environment.install(*BUILD_TOOLS)
+    environment.install("build", "cmake", "ninja", *ast.literal_eval(requires))
     return environment
 
 
 @pytest.fixture(scope="session")
-def distributions(tools, tmp_path_factory):
-    """The sdist of this tree, and the wheel built from that sdist."""
-    folder = tmp_path_factory.mktemp("dist")
-    tools.python("-m", "build", "--no-isolation", "--outdir", folder, ROOT)
-    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
-    return sdist, wheel
+def sdist(tools, tmp_path_factory):
+    """The sdist of this tree."""
+    folder = tmp_path_factory.mktemp("sdist")
+    tools.python("-m", "build", "--no-isolation", "--sdist", "--outdir", folder, ROOT)
+    (path,) = folder.glob("*.tar.gz")
+    return path
 
 
 @pytest.fixture(scope="session")
-def installed(tools, distributions):
+def source(sdist):
+    """The tree that the sdist unpacks to."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(sdist.parent, filter="data")
+    return sdist.with_name(sdist.name.removesuffix(".tar.gz"))
+
+
+@pytest.fixture(scope="session")
+def build_options(tmp_path_factory):
+    """One build folder for everything that is built from the sdist: the kernels are compiled once."""
+    folder = tmp_path_factory.mktemp("build")
+    return ["--no-build-isolation", f"-Cbuild-dir={folder}", "-Ccmake.define.FWP_WERROR=ON"]
+
+
+@pytest.fixture(scope="session")
+def wheel(tools, source, build_options, tmp_path_factory):
+    """The wheel built from the sdist."""
+    folder = tmp_path_factory.mktemp("wheel")
+    tools.python("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, *build_options, source)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def installed(tools, wheel):
     """The wheel, installed beside the build tools."""
-    tools.install(distributions[1])
+    tools.install(wheel)
     return tools
+
+
+@pytest.fixture
+def editable(installed, wheel, source, build_options):
+    """An editable install as CONTRIBUTING.md has it, in place of the wheel for one test."""
+    installed.install("--no-deps", *build_options, "-Ceditable.rebuild=true", "--editable", source)
+    yield installed
+    installed.install("--no-deps", "--force-reinstall", wheel)
 
 
 def project_files():
@@ -71,16 +106,14 @@ def project_files():
     return {name for name in run(*git).splitlines() if (ROOT / name).is_file()}
 
 
-def test_sdist_is_the_tree(distributions):
-    sdist, _ = distributions
+def test_sdist_is_the_tree(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {name for name in project_files() - names if not name.startswith((".ci/", ".gitignore"))} == set()
     assert sdist.stat().st_size < MEGABYTE
 
 
-def test_wheel_holds_what_users_need_and_no_sources(distributions):
-    _, wheel = distributions
+def test_wheel_holds_what_users_need_and_no_sources(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
     package = {name.removeprefix("fwp_core/") for name in names if name.startswith("fwp_core/")}
@@ -154,3 +187,27 @@ def test_cython_module(installed):
         print(fwp_downstream.remember(np.array([0.6, 0.8]), np.array([3.0, 5.0])))
     """
     assert installed.python("-I", "-c", code) == "[3.0, 5.0]"
+
+
+def replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_editable_install_follows_the_tree(editable, source):
+    code = """if True:
+        import numpy as np, fwp_core as fwp
+        one = np.ones((1, 1, 1, 1))
+        o, final_state = fwp.delta_rule(one, one, 3 * one, one[..., 0])
+        print(fwp.__file__, fwp.get_include(), float(o[0, 0, 0, 0]))
+    """
+    package, include, o = editable.python("-I", "-c", code).split()
+    assert Path(package).is_relative_to(source)
+    assert (Path(include) / "fwp" / "fwp.h").is_file()
+    assert float(o) == 3
+
+    replace(source / "src/fwp_core/ops.py", "def vjp(", "edited = True\n\n\ndef vjp(")
+    replace(source / "cpp/core/error.cpp", "memory ran out", "memory went out")
+    code = "import fwp_core as fwp; print(fwp.ops.edited, fwp._core.ERRORS)"
+    assert re.fullmatch("True .*memory went out.*", editable.python("-I", "-c", code))

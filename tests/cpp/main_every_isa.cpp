@@ -1,5 +1,4 @@
 // Runs the doctest cases at the level that FWP_ISA names, and fails if no call ran there.
-#define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
 #include <cstdio>

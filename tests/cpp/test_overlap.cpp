@@ -1,6 +1,5 @@
 // The overlap checks against a search through every byte: never wrong in the dangerous direction, exact where they say
 // so.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <random>

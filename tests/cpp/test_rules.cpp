@@ -1,6 +1,5 @@
 // The rule texts on plain doubles, one value column: a block of C tokens is C tokens of the recurrence, and its
 // backward text is its slope.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include "reference.hpp"

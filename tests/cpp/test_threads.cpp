@@ -1,5 +1,4 @@
 // The thread pool: every index once, from any number of callers, with any sequence of thread counts, and after fork.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sys/wait.h>
 #include <unistd.h>
