@@ -72,9 +72,14 @@ def source(sdist):
 
 @pytest.fixture(scope="session")
 def build_options(tmp_path_factory):
-    """One build folder for everything that is built from the sdist: the kernels are compiled once."""
+    """One build folder for everything that is built from the sdist, and one level: the kernels are compiled once."""
     folder = tmp_path_factory.mktemp("build")
-    return ["--no-build-isolation", f"-Cbuild-dir={folder}", "-Ccmake.define.FWP_WERROR=ON"]
+    defines = {"FWP_WERROR": "ON", "FWP_ISA_LEVELS": "base"}
+    return [
+        "--no-build-isolation",
+        f"-Cbuild-dir={folder}",
+        *(f"-Ccmake.define.{name}={value}" for name, value in defines.items()),
+    ]
 
 
 @pytest.fixture(scope="session")
