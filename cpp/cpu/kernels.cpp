@@ -52,7 +52,7 @@ auto with_rule(const Problem& p, F f) {
 }
 template <class F>
 auto with_types(const Problem& p, F f) {
-  return p.dtype == DType::f32 ? with_rule<Tiles<float>>(p, f) : with_rule<Tiles<double>>(p, f);
+  return p.dtype == DType::f64 ? with_rule<Tiles<double>>(p, f) : with_rule<Tiles<float>>(p, f);
 }
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -76,10 +76,12 @@ Geometry cut(const Problem& p) {
   g.together = at_least(at_most(kParts / parts, p.N), 1);
   g.window = at_most(round_up(at_least(kTokens / (g.together * parts), 1), g.segment), round_up(longest, g.segment));
   if (g.tiles == 0) g.window = round_up(longest, g.segment);  // nothing to do but zeros
+  const auto narrow = [&p](const Rows& rows) { return rows.data && rows.dtype != accumulation(p.dtype); };
+  g.rounds = narrow(p.q) || narrow(p.beta) || narrow(p.g);
   return g;
 }
 
-Geometry geometry(const Problem& p) { return p.dtype == DType::f32 ? cut<Tiles<float>>(p) : cut<Tiles<double>>(p); }
+Geometry geometry(const Problem& p) { return p.dtype == DType::f64 ? cut<Tiles<double>>(p) : cut<Tiles<float>>(p); }
 
 size_t forward_scratch(const Problem& p, const Geometry& g, int64_t heads, int64_t tiles) {
   return with_types(p, [&](auto tile, auto, auto decay) {
@@ -116,10 +118,10 @@ void backward(const Problem& p, const Geometry& g, const BackwardPart& part, voi
 }
 
 void reduce_gradient(const Problem& p, const ReducePart& part) {
-  if (p.dtype == DType::f32)
-    reduce<float>(p, part);
+  if (p.dtype == DType::f64)
+    reduce<Tiles<double>>(p, part);
   else
-    reduce<double>(p, part);
+    reduce<Tiles<float>>(p, part);
 }
 
 template <class T>

@@ -100,9 +100,9 @@ struct Block {
     else
       for (int t = 0; t < C; ++t) a[t] = Tile::exp(Tile::broadcast(a[t]))[0];
     resets = false;
-    for (int64_t d = 0; d < width; ++d) resets |= is_reset(g, t0, d);
+    for (int64_t d = 0; d < width; ++d) resets |= is_reset<Tile>(g, t0, d);
     if (!resets) return;
-    for (int64_t d = 0; d < ld; ++d) keep[d] = Decay::per_channel && (d >= K || !is_reset(g, t0, d)) ? 1 : 0;
+    for (int64_t d = 0; d < ld; ++d) keep[d] = Decay::per_channel && (d >= K || !is_reset<Tile>(g, t0, d)) ? 1 : 0;
   }
 
   template <int t>

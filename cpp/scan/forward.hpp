@@ -60,8 +60,7 @@ bool scan_blocks(const Problem& p, const Geometry& g, const ForwardPart& part, F
       continue;
     }
     advance<Rule, true>(block, p, g.ld, s.v, S, S, s.RX, s.e, s.u, s.o);
-    for (int r = 0; r < block.n; ++r)
-      copy_out<Tile>(s.o + r * g.columns, width, reinterpret_cast<T*>(head.o.at(t + r)) + first);
+    for (int r = 0; r < block.n; ++r) store_row<Tile>(s.o + r * g.columns, width, head.o, t + r, first);
   }
   return true;
 }

@@ -1,5 +1,5 @@
 // The caller's memory, read and written row by row: everything behind these functions is staged in the accumulation
-// type, padded to whole packs.
+// type, padded to whole packs; halves are widened when they are read and rounded once when they are written.
 //
 // Tile is the machine (cpp/cpu/tiles.hpp): packs of T and the passes over a tile of the state.
 #pragma once
@@ -20,7 +20,7 @@ struct HeadRows {
 
 inline HeadRows head_rows(const Rows& r, const Sequence& seq, int64_t h) {
   if (!r.data) return {};
-  const int64_t item = r.dtype == DType::f64 ? 8 : 4;
+  const int64_t item = item_size(r.dtype);
   return {static_cast<char*>(r.data) + item * (seq.b * r.b + seq.begin * r.t + h / r.group * r.h), item * r.t, r.dtype};
 }
 
@@ -46,7 +46,7 @@ class Prefetch {
         begin_(begin),
         rows_((end - begin) * count),
         per_step_((rows_ + steps - 1) / steps) {
-    const int64_t item = p.dtype == DType::f64 ? 8 : 4;
+    const int64_t item = item_size(p.dtype);
     keys_ = p.K * item;
     values_ = p.V * item;
   }
@@ -83,31 +83,46 @@ void fill(T* to, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) to[i] = value;
 }
 
-// n numbers, times a factor, and zeros up to padded.
-template <class Tile, class T>
-void copy_in(const T* from, int64_t n, T* to, int64_t padded, T factor = 1) {
+// Calls f with a number of the type that an array of this dtype stores; T is what is computed with.
+template <class T, class F>
+auto with_type(DType dtype, F f) {
+  if (dtype == kDType<T>) return f(T());
+  if constexpr (sizeof(T) == 8)
+    return f(float());
+  else
+    return dtype == DType::bf16 ? f(Bfloat16()) : f(Float16());
+}
+
+// n numbers, widened to T, times a factor, and zeros up to padded.
+template <class Tile, class U, class T>
+void copy_in(const U* from, int64_t n, T* to, int64_t padded, T factor = 1) {
   int64_t i = 0;
   for (; i + Tile::kWidth <= n; i += Tile::kWidth)
     Tile::store(to + i, Tile::load_unaligned(from + i) * Tile::broadcast(factor));
-  for (; i < n; ++i) to[i] = from[i] * factor;
+  for (; i < n; ++i) to[i] = Tile::widen(from[i]) * factor;
   for (; i < padded; ++i) to[i] = 0;
 }
 
-template <class Tile, class T>
-void copy_out(const T* from, int64_t n, T* to) {
+// n numbers, rounded to U.
+template <class Tile, class T, class U>
+void copy_out(const T* from, int64_t n, U* to) {
   int64_t i = 0;
   for (; i + Tile::kWidth <= n; i += Tile::kWidth) Tile::store_unaligned(to + i, Tile::load(from + i));
-  for (; i < n; ++i) to[i] = from[i];
+  for (; i < n; ++i) to[i] = Tile::template round<U>(from[i]);
 }
 
-// n numbers of a row, widened to T; beta and g may be narrower than q.
+// n numbers of a row, from its column `first` on; padded with zeros.
 template <class Tile, class T>
 void stage_row(const HeadRows& rows, int64_t t, int64_t first, int64_t n, T* to, int64_t padded, T factor = 1) {
-  if (rows.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32))
-    return copy_in<Tile>(reinterpret_cast<const T*>(rows.at(t)) + first, n, to, padded, factor);
-  const float* narrow = reinterpret_cast<const float*>(rows.at(t)) + first;
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(narrow[i]) * factor;
-  for (int64_t i = n; i < padded; ++i) to[i] = 0;
+  with_type<T>(rows.dtype, [&](auto type) {
+    copy_in<Tile>(reinterpret_cast<const decltype(type)*>(rows.at(t)) + first, n, to, padded, factor);
+  });
+}
+
+template <class Tile, class T>
+void store_row(const T* from, int64_t n, const HeadRows& rows, int64_t t, int64_t first) {
+  with_type<T>(rows.dtype,
+               [&](auto type) { copy_out<Tile>(from, n, reinterpret_cast<decltype(type)*>(rows.at(t)) + first); });
 }
 
 inline int64_t tile_width(const Problem& p, const Geometry& g, int64_t tile) {
@@ -122,6 +137,44 @@ void stage_columns(const HeadRows& rows, int64_t t, int n, const Problem& p, con
   for (int i = 0; i < n; ++i)
     stage_row<Tile>(rows, t + i, tile * g.columns, width, to + i * Tile::kColumns, Tile::kColumns);
   fill<T>(to + n * Tile::kColumns, (C - n) * Tile::kColumns, 0);
+}
+
+// Where the tiles of a part add up the rows of a segment, which starts `skip` rows on: in place, or, because a sum of
+// several tiles shall be rounded once only, in scratch.
+template <class T>
+GradientRows segment_rows(const GradientRows& rows, int64_t skip, const GradientRows& scratch) {
+  if (!rows.data) return {};
+  if (rows.dtype != kDType<T>) return scratch;
+  return {static_cast<T*>(rows.data) + skip * rows.stride, rows.stride, rows.dtype};
+}
+template <class T>
+HeadGradients segment_rows(const HeadGradients& to, int64_t skip, const HeadGradients& scratch) {
+  return {segment_rows<T>(to.dq, skip, scratch.dq), segment_rows<T>(to.dk, skip, scratch.dk),
+          segment_rows<T>(to.dv, skip, scratch.dv), segment_rows<T>(to.dbeta, skip, scratch.dbeta),
+          segment_rows<T>(to.dg, skip, scratch.dg)};
+}
+
+// Rounds the sums of a segment of n tokens into the rows that are narrower.
+template <class Tile>
+void round_rows(const GradientRows& sums, int64_t n, int64_t width, const GradientRows& rows, int64_t skip) {
+  using T = typename Tile::Scalar;
+  if (!rows.data || rows.dtype == kDType<T>) return;
+  with_type<T>(rows.dtype, [&](auto type) {
+    auto* to = static_cast<decltype(type)*>(rows.data) + skip * rows.stride;
+    for (int64_t t = 0; t < n; ++t)
+      copy_out<Tile>(static_cast<const T*>(sums.data) + t * sums.stride, width, to + t * rows.stride);
+  });
+}
+
+template <class Tile>
+void round_segment(const Problem& p, const Geometry& g, const BackwardPart& part, const HeadGradients& sums, int64_t n,
+                   const HeadGradients& to, int64_t skip) {
+  const int64_t left = p.V - part.tile_begin * g.columns, columns = (part.tile_end - part.tile_begin) * g.columns;
+  round_rows<Tile>(sums.dq, n, p.K, to.dq, skip);
+  round_rows<Tile>(sums.dk, n, p.K, to.dk, skip);
+  round_rows<Tile>(sums.dv, n, left < columns ? left : columns, to.dv, skip);
+  round_rows<Tile>(sums.dbeta, n, 1, to.dbeta, skip);
+  round_rows<Tile>(sums.dg, n, p.decay == fwp::Decay::channel ? p.K : 1, to.dg, skip);
 }
 
 // A tile of a state. Its rows K.. and its columns beyond V are padding: zero here, and never stored. Columns may turn
@@ -142,14 +195,18 @@ void store_tile(const T* S, const Problem& p, const Geometry& g, int64_t tile, c
 }
 
 // g = -inf clears the state; only that: a strong finite gate is a product like any other.
-inline bool is_reset(const HeadRows& g, int64_t t, int64_t channel) {
-  return g.dtype == DType::f64 ? reinterpret_cast<const double*>(g.at(t))[channel] == -__builtin_inf()
-                               : reinterpret_cast<const float*>(g.at(t))[channel] == -__builtin_inff();
+template <class Tile>
+bool is_reset(const HeadRows& g, int64_t t, int64_t channel) {
+  using T = typename Tile::Scalar;
+  return with_type<T>(g.dtype, [&](auto type) {
+    return Tile::widen(reinterpret_cast<const decltype(type)*>(g.at(t))[channel]) == -static_cast<T>(__builtin_inff());
+  });
 }
 
 // The largest |g| of a token, +inf if any is not finite.
-template <class Tile, class T>
-T largest_gate(const T* g, int64_t channels) {
+template <class Tile, class U>
+auto largest_gate(const U* g, int64_t channels) {
+  using T = typename Tile::Scalar;
   using P = typename Tile::P;
   P most = {}, odd = {};  // odd: 0, or NaN once a gate was not finite
   int64_t i = 0;
@@ -164,20 +221,17 @@ T largest_gate(const T* g, int64_t channels) {
     sum += zero;
   };
   for (int l = 0; l < Tile::kWidth; ++l) take(most[l], odd[l]);
-  for (; i < channels; ++i) take(g[i] < 0 ? -g[i] : g[i], g[i] - g[i]);
+  for (; i < channels; ++i) {
+    const T x = Tile::widen(g[i]);
+    take(x < 0 ? -x : x, x - x);
+  }
   return sum == 0 ? largest : static_cast<T>(__builtin_inff());
 }
 template <class Tile, class T>
 T gate_size(const HeadRows& g, int64_t t, int64_t channels) {
-  if (g.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32))
-    return largest_gate<Tile>(reinterpret_cast<const T*>(g.at(t)), channels);
-  T largest = 0;
-  for (int64_t d = 0; d < channels; ++d) {
-    const T x = static_cast<T>(reinterpret_cast<const float*>(g.at(t))[d]), size = x < 0 ? -x : x;
-    if (!(size <= largest)) largest = size;
-    if (!(x - x == 0)) return static_cast<T>(__builtin_inff());
-  }
-  return largest;
+  return with_type<T>(g.dtype, [&](auto type) {
+    return largest_gate<Tile>(reinterpret_cast<const decltype(type)*>(g.at(t)), channels);
+  });
 }
 
 }  // namespace
