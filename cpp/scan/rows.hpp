@@ -83,9 +83,10 @@ void fill(T* to, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) to[i] = value;
 }
 
-// Calls f with a number of the type that an array of this dtype stores; T is what is computed with.
+// Calls f with a number of the type that an array of this dtype stores; T is what is computed with. Always inline: what
+// f refers to would go through memory, at every row.
 template <class T, class F>
-auto with_type(DType dtype, F f) {
+FWP_HD auto with_type(DType dtype, const F& f) {
   if (dtype == kDType<T>) return f(T());
   if constexpr (sizeof(T) == 8)
     return f(float());
