@@ -50,6 +50,8 @@ struct Inputs {
     const int axis = v.rank() - 2;
     return std::max({q.size(axis), k.size(axis), v.size(axis)});
   }
+  // States are as precise as the sums that make them.
+  DLDataType state_dtype() const { return v.dtype().bits == 64 ? v.dtype() : DLDataType{kDLFloat, 32, 1}; }
   int64_t sequences() const { return cu_seqlens.present() ? cu_seqlens.size(0) - 1 : v.size(0); }
 
   std::array<Array*, 7> arrays() { return {&q, &k, &v, &beta, &g, &h0, &cu_seqlens}; }
@@ -126,13 +128,13 @@ py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py:
 
   const int64_t elements = check_inputs(in, options);
 
-  const DLDataType dtype = in.v.dtype();
+  const DLDataType dtype = in.v.dtype(), state_dtype = in.state_dtype();
   Array o, final_state, checkpoints;
   o.write_optional("out", out);
   final_state.write_optional("final_state_out", final_state_out);
   if (!o.present()) o.make({in.v.size(0), in.v.size(1), in.heads(), in.v.size(3)}, dtype);
-  if (!final_state.present()) final_state.make({in.sequences(), in.heads(), in.q.size(3), in.v.size(3)}, dtype);
-  if (with_checkpoints) checkpoints.make({elements}, dtype);
+  if (!final_state.present()) final_state.make({in.sequences(), in.heads(), in.q.size(3), in.v.size(3)}, state_dtype);
+  if (with_checkpoints) checkpoints.make({elements}, state_dtype);
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
     const fwp_outputs outputs{sizeof outputs, o.tensor(), final_state.tensor(), checkpoints.tensor()};

@@ -1,5 +1,6 @@
 #include "numpy.hpp"
 
+#include <atomic>
 #include <string>
 #include <utility>
 
@@ -10,7 +11,11 @@ namespace py = pybind11;
 namespace fwp::python {
 namespace {
 
-constexpr int kTypeNumFloat = 11, kTypeNumDouble = 12;  // NPY_FLOAT, NPY_DOUBLE
+constexpr int kTypeNumFloat = 11, kTypeNumDouble = 12, kTypeNumHalf = 23;  // NPY_FLOAT, NPY_DOUBLE, NPY_HALF
+constexpr int kFirstUserTypeNum = 256;                                     // NPY_USERDEF
+
+// NumPy's number of the bfloat16 type that another package, usually ml_dtypes, has registered; 0 until one was met.
+std::atomic<int> bfloat16_type_num{0};
 
 const py::detail::npy_api& api() { return py::detail::npy_api::get(); }
 
@@ -27,12 +32,31 @@ const py::detail::PyArray_Proxy& fields(py::handle array) { return *py::detail::
 
 std::string dtype_name(py::handle array) { return py::str(array.attr("dtype")); }
 
+// NumPy has no bfloat16 of its own: a registered type of two bytes with that name is one. Asked once per type.
+bool is_bfloat16(py::handle array) {
+  const int number = py::detail::array_descriptor_proxy(fields(array).descr)->type_num;
+  if (number < kFirstUserTypeNum) return false;
+  if (number == bfloat16_type_num) return true;
+  const py::dtype dtype = py::reinterpret_borrow<py::array>(array).dtype();
+  if (dtype.itemsize() != 2 || std::string(py::str(dtype.attr("name"))) != "bfloat16") return false;
+  bfloat16_type_num = number;
+  return true;
+}
+
 DLDataType float_dtype(const char* name, py::handle array) {
   const auto& descr = *py::detail::array_descriptor_proxy(fields(array).descr);
   const bool native = descr.byteorder == '=' || descr.byteorder == '|';
   if (native && descr.type_num == kTypeNumFloat) return {kDLFloat, 32, 1};
   if (native && descr.type_num == kTypeNumDouble) return {kDLFloat, 64, 1};
-  raise(FWP_DTYPE_ERROR, std::string(name) + ": expected dtype float32 or float64, got " + dtype_name(array));
+  if (native && descr.type_num == kTypeNumHalf) return {kDLFloat, 16, 1};
+  if (native && is_bfloat16(array)) return {kDLBfloat, 16, 1};
+  raise(FWP_DTYPE_ERROR,
+        std::string(name) + ": expected dtype float32, float64, float16 or bfloat16, got " + dtype_name(array));
+}
+
+int type_num(DLDataType dtype) {
+  if (dtype.code == kDLBfloat) return bfloat16_type_num;
+  return dtype.bits == 64 ? kTypeNumDouble : dtype.bits == 32 ? kTypeNumFloat : kTypeNumHalf;
 }
 
 int64_t offset(const char* name, py::handle item) {
@@ -96,7 +120,7 @@ void Array::read_offsets(const char* name, py::handle object) {
 }
 
 void Array::make(int rank, const int64_t* shape, DLDataType dtype) {
-  PyObject* const descr = api().PyArray_DescrFromType_(dtype.bits == 32 ? kTypeNumFloat : kTypeNumDouble);
+  PyObject* const descr = api().PyArray_DescrFromType_(type_num(dtype));
   object_ = py::reinterpret_steal<py::object>(api().PyArray_NewFromDescr_(
       api().PyArray_Type_, descr, rank, reinterpret_cast<const Py_intptr_t*>(shape), nullptr, nullptr, 0, nullptr));
   if (!object_) throw py::error_already_set();

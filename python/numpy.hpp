@@ -19,7 +19,8 @@ class Array {
   Array(const Array&) = delete;  // tensor_ points into this object
   Array& operator=(const Array&) = delete;
 
-  // Exactly a numpy.ndarray of native float32 or float64; a subclass, as a masked array, may mean more than its data.
+  // Exactly a numpy.ndarray of native float32, float64, float16 or bfloat16; a subclass, as a masked array, may mean
+  // more than its data.
   void read(const char* name, pybind11::handle object);
   void write(const char* name, pybind11::handle object);  // read-only memory is refused
   // None: absent.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from cases import state_dtype
 
 import fwp_core as fwp
 
@@ -79,11 +80,17 @@ def good(function, dtype=np.float32, channel=False, sizes=SIZES, heads=None):
         shapes |= {"state": state, "out": o}
     else:
         shapes |= {"initial_state": state, "do": o, "dfinal_state": state}
-    arguments = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    arguments = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    arguments = {name: x.astype(dtype_of(name, dtype)) for name, x in arguments.items()}
     arguments["g"] = -abs(arguments["g"])
     if function.kind == "backward":
         arguments["out"] = fwp.Gradients(*(np.full_like(arguments[name], np.nan) for name in GRADIENTS))
     return arguments
+
+
+def dtype_of(position, dtype):
+    """What an argument must be where q, k and v are of this dtype."""
+    return np.dtype(state_dtype(dtype) if "state" in position else dtype)
 
 
 def get(arguments, position):

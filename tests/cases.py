@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
+import ml_dtypes
 import numpy as np
 import oracle
 
@@ -9,7 +10,9 @@ import fwp_core as fwp
 
 RULES = oracle.RULES
 DECAYS = ("none", "scalar", "channel")
-DTYPES = (np.float32, np.float64)
+PRECISE = (np.float32, np.float64)
+HALVES = (np.float16, ml_dtypes.bfloat16)
+DTYPES = PRECISE + HALVES
 # Gates that occur (mild), that grow the state (positive), and that forget within a token.
 GATES = ("mild", "positive", "strong", "reset", "mixed")
 STRONG = np.array([-5.0, -20.0, -1e4, -np.inf])
@@ -47,13 +50,17 @@ class Case:
     def arrays(self):
         """Every array of floating point numbers that is present, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: x for name, x in values.items() if isinstance(x, np.ndarray) and x.dtype.kind in "fc"}
+        return {name: x for name, x in values.items() if isinstance(x, np.ndarray) and name != "cu_seqlens"}
 
     @property
     def sizes(self):
         """(N, T, H, K, V)"""
         n = self.v.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
         return n, self.v.shape[1], self.do.shape[2], self.k.shape[3], self.v.shape[3]
+
+    @property
+    def state_dtype(self):
+        return state_dtype(self.v.dtype)
 
     def but(self, **changes):
         return replace(self, **changes)
@@ -66,6 +73,11 @@ class Case:
         shapes = {name: x.shape for name, x in self.arrays.items()}
         packed = None if self.cu_seqlens is None else list(self.cu_seqlens)
         return f"Case({self.rule}, {self.q.dtype}, {shapes}, cu_seqlens={packed}, scale={self.scale})"
+
+
+def state_dtype(dtype):
+    """Of states, and of the sums behind every result."""
+    return np.float64 if dtype == np.float64 else np.float32
 
 
 def make_case(
@@ -93,7 +105,7 @@ def make_case(
     H, N = max(heads), B if lengths is None else len(lengths)
     gate_dtype = gate_dtype or dtype
 
-    def normal(*shape):
+    def normal(*shape, dtype=dtype):
         return rng.standard_normal(shape).astype(dtype)
 
     q, k, v = (normal(B, T, h, n) for h, n in zip(heads, (K, K, V), strict=True))
@@ -101,13 +113,13 @@ def make_case(
     return Case(
         rule=rule,
         q=q,
-        k=unit(k),
+        k=unit(k.astype(state_dtype(dtype))).astype(dtype),
         v=v,
         beta=rng.uniform(0, 1, (B, T, H)).astype(gate_dtype) if with_beta else None,
         g=make_gate(decay, gate, (B, T, H, K), rng).astype(gate_dtype) if decay != "none" else None,
-        initial_state=normal(N, H, K, V) if state else None,
+        initial_state=normal(N, H, K, V, dtype=state_dtype(dtype)) if state else None,
         do=normal(B, T, H, V),
-        dfinal_state=normal(N, H, K, V) if state else None,
+        dfinal_state=normal(N, H, K, V, dtype=state_dtype(dtype)) if state else None,
         cu_seqlens=None if lengths is None else np.cumsum([0, *lengths]),
         scale=scale,
     )

@@ -3,9 +3,11 @@
 import array
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
-from arguments import FUNCTIONS, SIZES, accepted, get, good, put, refused
+from arguments import FUNCTIONS, SIZES, accepted, dtype_of, get, good, put, refused
+from cases import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import as_strided
@@ -95,33 +97,36 @@ def test_none(function, position):
         accepted(function, arguments)
 
 
-DTYPES = [
+ALL_DTYPES = [
     *(np.dtype(code) for code in "?bBhHiIlLqQefdgFDGO"),
+    *(np.dtype(kind) for kind in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3, ml_dtypes.int4)),
+    np.dtype(ml_dtypes.bfloat16).newbyteorder(),
     *(np.dtype(code) for code in ("S4", "U1", "V4", "M8[s]", "m8[s]", "f4,f4", ">f4", ">f8", ">i8")),
 ]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("function", "position"), POSITIONS)
 def test_dtypes(function, position, dtype):
     arguments = good(function, dtype)
-    for other in DTYPES:
+    for other in ALL_DTYPES:
         if other == np.float32 and position in ("beta", "g"):
             continue  # may be float32 whatever the others are
         changed = put(arguments, position, np.zeros(get(arguments, position).shape, other))
-        if other == dtype:
+        if other == dtype_of(position, dtype):
             accepted(function, changed)
             continue
         message = refused(function, changed, fwp.DTypeError)
-        if position == "q" and other in (np.float32, np.float64):
+        if position == "q" and other in DTYPES:
             assert message.startswith("k: expected dtype")  # q decides what the others must be
         else:
             assert message.startswith(f"{position}: expected dtype")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @EVERY_FUNCTION
-def test_float32_gates_of_float64_arrays(function):
-    arguments = good(function, np.float64)
+def test_float32_gates(function, dtype):
+    arguments = good(function, dtype)
     for gate in ("beta", "g"):
         arguments = put(arguments, gate, arguments[gate].astype(np.float32))
         if function.kind == "backward":
@@ -209,7 +214,7 @@ def test_fields_of_packed_records(function, position):
     assert "item size of 4 bytes" in refused(function, arguments, fwp.ArgumentError)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("function", "position"), POSITIONS)
 def test_misaligned_data(function, position, dtype):
     arguments = good(function, dtype)

@@ -9,7 +9,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from arguments import FUNCTIONS, GRADIENTS, accepted, arrays, get, good, put
+from arguments import FUNCTIONS, GRADIENTS, accepted, arrays, dtype_of, get, good, put
+from cases import DTYPES
 from processes import run_python
 
 import fwp_core as fwp
@@ -40,13 +41,14 @@ def same(ones, others):
 # ---- results ----
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @EVERY_FUNCTION
 def test_new_results(function, dtype):
     arguments = without_outputs(function, good(function, dtype))
-    for result in results(function, arguments):
+    names = {"scan": ("o", "final_state"), "step": ("o", "state"), "backward": GRADIENTS}[function.kind]
+    for name, result in zip(names, results(function, arguments), strict=True):
         assert type(result) is np.ndarray
-        assert result.dtype == dtype
+        assert result.dtype == dtype_of(name, dtype)
         assert result.flags.c_contiguous
         assert result.flags.writeable
         assert result.flags.owndata

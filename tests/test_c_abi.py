@@ -58,7 +58,7 @@ def integers(*values):
 
 
 def tensor(x):
-    kinds = {"f": 2, "i": 0}
+    kinds = {"f": 2, "i": 0, "V": 4}  # bfloat16 is "V" to NumPy
     return Tensor(
         x.ctypes.data,
         Device(1, 0),
@@ -144,9 +144,9 @@ MALFORMED = {
     "stride at the limit": ("ArgumentError", change("strides", integers(24, -(1 << 63), 3, 1))),
     "strided last axis": ("UnsupportedError", change("strides", integers(24, 6, 3, 0))),
     "lanes": ("DTypeError", change("dtype.lanes", 2)),
-    "float16": ("DTypeError", change("dtype.bits", 16)),
+    "float8": ("DTypeError", change("dtype.bits", 8)),
     "integers": ("DTypeError", change("dtype.code", 0)),
-    "bfloat": ("DTypeError", change("dtype.code", 4)),
+    "bfloat32": ("DTypeError", change("dtype.code", 4)),
     "unknown dtype": ("DTypeError", change("dtype.code", 255)),
 }
 
@@ -158,6 +158,16 @@ def test_malformed_tensors(program, kind):
     program.refused(error, "q: expected ")
     # Last error is per thread and stays until the next one.
     assert program.message().startswith("q: expected ")
+
+
+@pytest.mark.parametrize(("code", "name"), [(2, "float16"), (4, "bfloat16")])
+def test_halves_share_one_dtype(program, code, name):
+    expected = (f"k: expected dtype {name}, got float32", f"v: expected dtype {name}, got float32")
+    for array, message in zip("qk", expected, strict=True):
+        program.tensors[array].dtype = DataType(code, 16, 1)
+        program.refused("DTypeError", message)
+    program.tensors["v"].dtype = DataType(code, 16, 1)
+    program.refused("DTypeError", f"o: expected dtype {name}, got float32")
 
 
 def test_strides_may_be_null_and_offsets_count_bytes(program):

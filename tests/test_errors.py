@@ -126,8 +126,14 @@ DTYPE = {
     "v: expected a numpy.ndarray, got MaskedArray": (delta, {"v": np.ma.zeros((2, 3, 5, 6), np.float32)}),
     "out: expected a numpy.ndarray, got str": (delta, {"out": "o"}),
     "out: expected fwp_core.Gradients, got list": (backward, {"out": [None] * 6}),
-    "q: expected dtype float32 or float64, got int32": (delta, {"q": zeros(2, 3, 5, 4, dtype=np.int32)}),
-    "q: expected dtype float32 or float64, got >f4": (delta, {"q": zeros(2, 3, 5, 4, dtype=">f4")}),
+    "q: expected dtype float32, float64, float16 or bfloat16, got int32": (
+        delta,
+        {"q": zeros(2, 3, 5, 4, dtype=np.int32)},
+    ),
+    "q: expected dtype float32, float64, float16 or bfloat16, got >f4": (
+        delta,
+        {"q": zeros(2, 3, 5, 4, dtype=">f4")},
+    ),
     "k: expected dtype float32, got float64": (delta, {"k": zeros(2, 3, 5, 4, dtype=np.float64)}),
     "beta: expected dtype float32, got float64": (delta, {"beta": zeros(2, 3, 5, dtype=np.float64)}),
     "out.dbeta: expected dtype float32, got float64": (

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import DECAYS, DTYPES, RULES, exact_gradients, exact_scan, gradients, make_case, scan
+from cases import DECAYS, PRECISE, RULES, exact_gradients, exact_scan, gradients, make_case, scan
 from hypothesis import given
 from strategies import cases
 from tolerances import (
@@ -144,7 +144,7 @@ def test_adjoint_identity(isa, case):
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("g", [-5.0, -20.0, -60.0])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", PRECISE)
 def test_dg_is_exact_where_gates_are_strong(isa, rule, decay, g, dtype):
     """Relative to dg itself, which is about exp(g)."""
     case = make_case(rule, decay, T=25, K=12, V=9, dtype=dtype)
@@ -156,7 +156,7 @@ def test_dg_is_exact_where_gates_are_strong(isa, rule, decay, g, dtype):
 
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", PRECISE)
 def test_dg_is_exact_for_each_gate_among_mixed_ones(isa, rule, decay, dtype):
     """The gates of each strength are compared among themselves: large entries must not hide small ones."""
     case = make_case(rule, decay, T=60, K=12, V=9, dtype=dtype, gate="mixed", seed=4)

@@ -1,6 +1,5 @@
 """Instruction set levels: which exist, how one is chosen, and that they agree."""
 
-import numpy as np
 import pytest
 from cases import DECAYS, DTYPES, RULES, gradients, make_case, scan
 from processes import run_python
@@ -63,7 +62,7 @@ def test_levels_agree_to_rounding(rule, decay, dtype):
     for result in results[1:]:
         for x, y in zip(result, results[0], strict=True):
             if y is not None:
-                assert relative_error(x, y) < 4 * REORDERED[np.dtype(dtype)]
+                assert relative_error(x, y) < 4 * REORDERED[x.dtype]
 
 
 def test_block_size_is_shown():

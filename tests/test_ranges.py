@@ -6,7 +6,7 @@ block leave the range of the arithmetic although no state ever does.
 
 import numpy as np
 import pytest
-from cases import DTYPES, RULES, STEP, exact_gradients, exact_scan, gradients, make_case, scan
+from cases import PRECISE, RULES, STEP, exact_gradients, exact_scan, gradients, make_case, scan
 from tolerances import relative_error
 
 import fwp_core as fwp
@@ -50,7 +50,7 @@ def token_by_token(case):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", PRECISE)
 @pytest.mark.parametrize("gates", UP_AND_DOWN, ids=str)
 def test_blocks_keep_what_steps_keep(isa, rule, decay, dtype, gates):
     case = with_gates(rule, decay, dtype, gates)

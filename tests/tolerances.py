@@ -5,20 +5,28 @@ may cancel, the norm of what cancelled counts as well: one per entry, since the 
 order one. Cancellation in dg, where it would matter most, has a test of its own.
 """
 
+import ml_dtypes
 import numpy as np
 
 # Forward, float32: the promise for unit keys up to T = 4096. A sequential float32 scan has 3e-7; a block sums
 # in another order. float64 keeps the number of units in the last place, and the oracle has as many again.
 # Gradients chain two such scans. The float64 gradient is a promise too, far above what is reached.
+# Half precisions are float32 inside, and rounded once: half a unit in the last of their 11 or 8 bits.
+ROUNDING = {np.dtype(np.float16): 2.0**-11, np.dtype(ml_dtypes.bfloat16): 2.0**-8}
 TOLERANCE = {
     ("forward", "float32"): 2e-6,
     ("forward", "float64"): 2 * 2e-6 * 2.0**-29,
+    ("forward", "float16"): 2.0**-11 + 2e-6,
+    ("forward", "bfloat16"): 2.0**-8 + 2e-6,
     ("gradient", "float32"): 8e-6,
     ("gradient", "float64"): 1e-12,
+    ("gradient", "float16"): 2.0**-11 + 8e-6,
+    ("gradient", "bfloat16"): 2.0**-8 + 8e-6,
 }
 
 # The same result by another order of summation (a cut elsewhere, a step, linearity): two forward errors.
 REORDERED = {np.dtype(np.float32): 4e-6, np.dtype(np.float64): 1e-14}
+REORDERED |= {dtype: 2 * error + 4e-6 for dtype, error in ROUNDING.items()}
 
 # Central differences in float64 with the best step, eps^(1/3): eps^(2/3) = 4e-11 times the third derivative.
 CENTRAL_DIFFERENCE = 1e-7

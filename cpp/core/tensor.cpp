@@ -45,7 +45,27 @@ std::string text(DLDataType dtype) {
   return out.str();
 }
 
-const char* text(DType dtype) { return dtype == DType::f32 ? "float32" : "float64"; }
+const char* text(DType dtype) {
+  constexpr const char* names[] = {"float32", "float64", "float16", "bfloat16"};
+  return names[static_cast<int>(dtype)];
+}
+
+// "float32", "float64 or float32", "float32, float64 or float16"; a dtype named twice counts once.
+std::string text(std::initializer_list<DType> dtypes) {
+  std::string list;
+  for (const DType* dtype = dtypes.begin(); dtype != dtypes.end(); ++dtype) {
+    if (std::find(dtypes.begin(), dtype, *dtype) != dtype) continue;
+    if (dtype != dtypes.begin()) list += dtype + 1 == dtypes.end() ? " or " : ", ";
+    list += text(*dtype);
+  }
+  return list;
+}
+
+// Whether an array of this type stores numbers of that one.
+bool matches(DLDataType dtype, DType wanted) {
+  const int code = wanted == DType::bf16 ? kDLBfloat : kDLFloat;
+  return dtype.code == code && dtype.bits == 8 * item_size(wanted) && dtype.lanes == 1;
+}
 
 void check_present(const char* name, const DLTensor* tensor) {
   if (tensor == nullptr) fail(FWP_ARGUMENT_ERROR, name, ": expected a tensor, got NULL");
@@ -134,18 +154,16 @@ void check_count(const char* name, const int64_t* sizes, int rank) {
       fail(FWP_ARGUMENT_ERROR, name, ": expected at most 2^55 elements, got shape ", text(sizes, rank));
 }
 
-Tensor read_tensor(const char* name, const DLTensor* tensor, DType one, DType other,
+Tensor read_tensor(const char* name, const DLTensor* tensor, std::initializer_list<DType> dtypes,
                    std::initializer_list<Axes> shapes) {
   check_present(name, tensor);
-  const DLDataType& dtype = tensor->dtype;
-  const DType found = dtype.bits == 32 ? DType::f32 : DType::f64;
-  if (dtype.code != kDLFloat || (dtype.bits != 32 && dtype.bits != 64) || dtype.lanes != 1 ||
-      (found != one && found != other))
-    fail(FWP_DTYPE_ERROR, name, ": expected dtype ", text(one), one == other ? "" : " or ",
-         one == other ? "" : text(other), ", got ", text(dtype));
+  const DType* const found =
+      std::find_if(dtypes.begin(), dtypes.end(), [&](DType wanted) { return matches(tensor->dtype, wanted); });
+  if (found == dtypes.end())
+    fail(FWP_DTYPE_ERROR, name, ": expected dtype ", text(dtypes), ", got ", text(tensor->dtype));
   check_shape(name, *tensor, shapes);
-  Tensor x = read_memory(name, *tensor, dtype.bits / 8);
-  x.dtype = found;
+  Tensor x = read_memory(name, *tensor, item_size(*found));
+  x.dtype = *found;
   return x;
 }
 

@@ -38,8 +38,8 @@ struct Tensor {
   bool last_axis_contiguous() const { return region.item == 0 || shape[rank - 1] <= 1 || stride[rank - 1] == 1; }
 };
 
-// A float tensor of dtype one or other, and of one of the given shapes.
-Tensor read_tensor(const char* name, const DLTensor* tensor, DType one, DType other,
+// A tensor of one of the given dtypes and of one of the given shapes.
+Tensor read_tensor(const char* name, const DLTensor* tensor, std::initializer_list<DType> dtypes,
                    std::initializer_list<Axes> shapes);
 // An int32 or int64 tensor of one axis; wide says which.
 Tensor read_offsets(const char* name, const DLTensor* tensor, bool* wide);

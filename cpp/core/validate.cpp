@@ -84,7 +84,8 @@ Call::Call(Rule rule, bool step, const fwp_options* options, const fwp_inputs* i
 // q decides the dtype and the sizes B, T, K that k and v must have.
 void Call::read_heads(const fwp_inputs& in) {
   Problem& p = problem;
-  const Tensor q = read("q", in.q, DType::f32, DType::f64, {axes({"Hq"}, {"K"})}, Access::read);
+  const Tensor q =
+      read("q", in.q, {DType::f32, DType::f64, DType::f16, DType::bf16}, {axes({"Hq"}, {"K"})}, Access::read);
   p.dtype = q.dtype;
   batch_ = q.shape[0];
   if (!p.step) p.T = q.shape[1];
@@ -109,9 +110,9 @@ void Call::read_gates(const fwp_inputs& in) {
   Problem& p = problem;
   const Axes scalar = axes({"H", p.H}), channel = axes({"H", p.H}, {"K", p.K});
   if (in.beta != nullptr || p.rule == Rule::delta)
-    p.beta = rows(read("beta", in.beta, p.dtype, DType::f32, {scalar}, Access::read));
+    p.beta = rows(read("beta", in.beta, {p.dtype, DType::f32}, {scalar}, Access::read));
   if (in.g != nullptr) {
-    p.g = rows(read("g", in.g, p.dtype, DType::f32, {scalar, channel}, Access::read));
+    p.g = rows(read("g", in.g, {p.dtype, DType::f32}, {scalar, channel}, Access::read));
     p.decay = in.g->ndim == scalar.rank ? Decay::scalar : Decay::channel;
   }
 }
@@ -184,28 +185,28 @@ void Call::check_memory() const {
     fail(FWP_UNSUPPORTED_ERROR, strided_, ": expected a contiguous last axis, got a strided one");
 }
 
-Tensor Call::read(const char* name, const DLTensor* tensor, DType one, DType other, std::initializer_list<Axes> shapes,
-                  Access access) {
-  const Tensor x = read_tensor(name, tensor, one, other, shapes);
+Tensor Call::read(const char* name, const DLTensor* tensor, std::initializer_list<DType> dtypes,
+                  std::initializer_list<Axes> shapes, Access access) {
+  const Tensor x = read_tensor(name, tensor, dtypes, shapes);
   add_region(x.region, access);
   return x;
 }
 
 Tensor Call::read(const char* name, const DLTensor* tensor, DType dtype, const Axes& axes, Access access) {
-  return read(name, tensor, dtype, dtype, {axes}, access);
+  return read(name, tensor, {dtype}, {axes}, access);
 }
 
 States Call::read_states(const char* name, const DLTensor* tensor, Access access) {
   const Problem& p = problem;
   const Axes axes{{p.step ? "B" : "N", p.N}, {"H", p.H}, {"K", p.K}, {"V", p.V}};
-  const Tensor x = read(name, tensor, p.dtype, axes, access);
+  const Tensor x = read(name, tensor, accumulation(p.dtype), axes, access);
   need_contiguous_last_axis(x);
   return {x.data, x.stride[0], x.stride[1], x.stride[2]};
 }
 
 void* Call::read_checkpoints(const DLTensor* tensor, Access access) {
   const Axes axes{{"elements", cpu::checkpoint_elements(problem)}};
-  const Tensor x = read("checkpoints", tensor, problem.dtype, axes, access);
+  const Tensor x = read("checkpoints", tensor, accumulation(problem.dtype), axes, access);
   need_contiguous_last_axis(x);
   return x.data;
 }

@@ -42,8 +42,8 @@ class Call {
 
   void read_heads(const fwp_inputs& in);
   void read_gates(const fwp_inputs& in);
-  Tensor read(const char* name, const DLTensor* tensor, DType one, DType other, std::initializer_list<Axes> shapes,
-              Access access);
+  Tensor read(const char* name, const DLTensor* tensor, std::initializer_list<DType> dtypes,
+              std::initializer_list<Axes> shapes, Access access);
   Tensor read(const char* name, const DLTensor* tensor, DType dtype, const Axes& axes, Access access);
   States read_states(const char* name, const DLTensor* tensor, Access access);
   void* read_checkpoints(const DLTensor* tensor, Access access);

@@ -107,22 +107,23 @@ class Backward {
 
   // Where each part writes each gradient: the caller's array, or partial rows of its own.
   void place_gradients(int64_t begin, int64_t end, int64_t first) {
-    const int64_t item = static_cast<int64_t>(item_size(p_)), shares = plan_.shares_per_head;
+    const DType sum = accumulation(p_.dtype);
+    const int64_t shares = plan_.shares_per_head;
     for (int64_t i = 0; i < (end - begin) * p_.H * shares; ++i) {
       const Sequence seq = sequence(p_, begin + i / (p_.H * shares));
       const int64_t h = i / shares % p_.H, share = i % shares;
-      char* partial = memory_.partial + i * plan_.partial_numbers * item;
+      char* partial = memory_.partial + i * plan_.partial_numbers * item_size(sum);
       for (const Field& f : plan_.fields) {
         const Rows& to = p_.*f.to;
         GradientRows& rows = memory_.gradients[i].*f.rows;
-        rows = {nullptr, 0};
+        rows = {};
         if (!to.data) continue;
         if (f.direct) {
           const int64_t at = seq.b * to.b + (seq.begin + first) * to.t + h * to.h + share * f.columns;
-          rows = {static_cast<char*>(to.data) + at * item, to.t};
+          rows = {static_cast<char*>(to.data) + at * item_size(to.dtype), to.t, to.dtype};
         } else {
-          rows = {partial, plan_.partial_width(f)};
-          partial += plan_.partial_width(f) * plan_.g.window * item;
+          rows = {partial, plan_.partial_width(f), sum};
+          partial += plan_.partial_width(f) * plan_.g.window * item_size(sum);
         }
       }
     }

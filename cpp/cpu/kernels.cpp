@@ -52,7 +52,7 @@ auto with_rule(const Problem& p, F f) {
 }
 template <class F>
 auto with_types(const Problem& p, F f) {
-  return p.dtype == DType::f32 ? with_rule<Tiles<float>>(p, f) : with_rule<Tiles<double>>(p, f);
+  return p.dtype == DType::f64 ? with_rule<Tiles<double>>(p, f) : with_rule<Tiles<float>>(p, f);
 }
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -69,18 +69,22 @@ Geometry cut(const Problem& p) {
   g.chunk = p.step ? 1 : kChunkBlocks * kBlock;
   const int64_t longest = round_up(at_least(longest_sequence(p), 1), g.chunk);
   // A checkpoint is K V numbers: one every K tokens costs V per token, whatever K and V. Longer segments would take
-  // less memory, but backward slows down when the states and rows of one do not fit into the second-level cache.
-  g.segment = at_most(round_up(at_least(g.ld, 2 * g.chunk), g.chunk), longest);
+  // less memory, but backward slows down when the states and rows of one do not fit into the second-level cache. Rows of
+  // halves take half the room, and a checkpoint weighs twice as much beside them.
+  const int64_t tokens = item_size(p.dtype) == 2 ? 2 * g.ld : g.ld;
+  g.segment = at_most(round_up(at_least(tokens, 2 * g.chunk), g.chunk), longest);
   // Enough work between two barriers, but partial gradients of usual sizes that fit into the caches.
   constexpr int64_t kParts = 32, kTokens = 4096;
   const int64_t parts = at_least(p.H * g.tiles, 1);
   g.together = at_least(at_most(kParts / parts, p.N), 1);
   g.window = at_most(round_up(at_least(kTokens / (g.together * parts), 1), g.segment), round_up(longest, g.segment));
   if (g.tiles == 0) g.window = round_up(longest, g.segment);  // nothing to do but zeros
+  const auto narrow = [&p](const Rows& rows) { return rows.data && rows.dtype != accumulation(p.dtype); };
+  g.rounds = narrow(p.q) || narrow(p.beta) || narrow(p.g);
   return g;
 }
 
-Geometry geometry(const Problem& p) { return p.dtype == DType::f32 ? cut<Tiles<float>>(p) : cut<Tiles<double>>(p); }
+Geometry geometry(const Problem& p) { return p.dtype == DType::f64 ? cut<Tiles<double>>(p) : cut<Tiles<float>>(p); }
 
 size_t forward_scratch(const Problem& p, const Geometry& g, int64_t heads, int64_t tiles) {
   return with_types(p, [&](auto tile, auto rule, auto decay) {
@@ -117,10 +121,10 @@ void backward(const Problem& p, const Geometry& g, const BackwardPart& part, voi
 }
 
 void reduce_gradient(const Problem& p, const ReducePart& part) {
-  if (p.dtype == DType::f32)
-    reduce<float>(p, part);
+  if (p.dtype == DType::f64)
+    reduce<Tiles<double>>(p, part);
   else
-    reduce<double>(p, part);
+    reduce<Tiles<float>>(p, part);
 }
 
 template <class T>

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../scan/dtype.hpp"
+
 #if defined(__clang__)
 #define FWP_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -20,6 +22,10 @@ typedef float FloatPack __attribute__((vector_size(kVectorBytes)));
 typedef double DoublePack __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Int32Pack __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Int64Pack __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UInt32Pack __attribute__((vector_size(kVectorBytes)));
+// As many halves as a pack has floats, as many floats as a pack has doubles.
+typedef uint16_t HalfPack __attribute__((vector_size(kVectorBytes / 2)));
+typedef float NarrowPack __attribute__((vector_size(kVectorBytes / 2)));
 
 template <class T>
 struct PackOf;
@@ -61,6 +67,59 @@ FWP_HD void store_unaligned(T* p, Pack<T> x) {
 template <class T>
 FWP_HD Pack<T> broadcast(T x) {
   return x - Pack<T>{};
+}
+
+// A pack's worth of numbers as an array of U stores them: widened exactly; rounded to nearest even, overflow to
+// infinity, NaN to a quiet NaN of the same sign.
+template <class T, class U>
+struct Stored;
+template <class T>
+struct Stored<T, T> {
+  using type = Pack<T>;
+  FWP_HD static Pack<T> widen(Pack<T> x) { return x; }
+  FWP_HD static Pack<T> round(Pack<T> x) { return x; }
+  FWP_HD static T widen(T x) { return x; }
+  FWP_HD static T round(T x) { return x; }
+};
+template <>
+struct Stored<double, float> {
+  using type = NarrowPack;
+  FWP_HD static DoublePack widen(NarrowPack x) { return __builtin_convertvector(x, DoublePack); }
+  FWP_HD static NarrowPack round(DoublePack x) { return __builtin_convertvector(x, NarrowPack); }
+  FWP_HD static double widen(float x) { return x; }
+  FWP_HD static float round(double x) { return static_cast<float>(x); }
+};
+template <>
+struct Stored<float, Bfloat16> {
+  using type = HalfPack;
+  FWP_HD static FloatPack widen(HalfPack x) { return (FloatPack)(__builtin_convertvector(x, UInt32Pack) << 16); }
+  FWP_HD static HalfPack round(FloatPack x) {
+    const UInt32Pack bits = (UInt32Pack)x, even = bits >> 16 & 1u;
+    const UInt32Pack rounded = x == x ? bits + (even + 0x7fffu) : bits | 0x400000u;
+    return __builtin_convertvector(rounded >> 16, HalfPack);
+  }
+  FWP_HD static float widen(Bfloat16 x) { return widen(HalfPack{x.bits})[0]; }
+  FWP_HD static Bfloat16 round(float x) { return {round(broadcast(x))[0]}; }
+};
+template <>
+struct Stored<float, Float16> {
+  using type = HalfPack;
+  FWP_HD static FloatPack widen(HalfPack x) { return widen_float16<FloatPack>(x); }
+  FWP_HD static HalfPack round(FloatPack x) { return round_float16<HalfPack>(x); }
+  FWP_HD static float widen(Float16 x) { return widen(HalfPack{x.bits})[0]; }
+  FWP_HD static Float16 round(float x) { return {round(broadcast(x))[0]}; }
+};
+
+template <class T, class U>
+FWP_HD Pack<T> load_as(const U* p) {
+  typename Stored<T, U>::type x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return Stored<T, U>::widen(x);
+}
+template <class T, class U>
+FWP_HD void store_as(U* p, Pack<T> x) {
+  const typename Stored<T, U>::type rounded = Stored<T, U>::round(x);
+  __builtin_memcpy(p, &rounded, sizeof rounded);
 }
 
 // merge<h>: lane i of the result is a_i + a_{i^h} where bit h of i is clear, b_i + b_{i^h} where it is set.

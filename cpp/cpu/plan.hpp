@@ -20,7 +20,8 @@ inline int useful_threads(const Problem& p, int64_t parts) {
   return flops < kSerialFlops ? 1 : static_cast<int>(std::min<int64_t>(p.threads, std::max<int64_t>(parts, 1)));
 }
 
-inline size_t item_size(const Problem& p) { return p.dtype == DType::f64 ? 8 : 4; }
+// Bytes of a number in the accumulation type.
+inline int64_t sum_size(const Problem& p) { return item_size(accumulation(p.dtype)); }
 
 // How heads and tiles are shared out: neighbouring heads together, as many as leave every thread a part and what is in
 // use of them (`cached` numbers of each) fits into the second-level cache; the tiles of a head apart only where there
@@ -83,7 +84,7 @@ struct Field {
   GradientRows HeadGradients::* rows;
   int64_t width;    // numbers per row
   int64_t columns;  // of a part, where each part of a head has its own; 0: each has a share of the whole row
-  bool direct;      // one part alone makes each row, in its final type: no partial sums
+  bool direct;      // one part alone makes each row: no partial sums
 };
 
 struct BackwardPlan {
@@ -109,14 +110,14 @@ struct BackwardPlan {
     partial_numbers = 0;
     for (Field& f : fields) {  // by the inputs, so that a query for the workspace needs no gradients
       const Rows& from = p.*f.from;
-      f.direct = from.group == 1 && from.dtype == p.dtype && (f.columns || shares_per_head == 1);
+      f.direct = from.group == 1 && (f.columns || shares_per_head == 1);
       if (from.data && !f.direct) partial_numbers += partial_width(f) * g.window;
     }
     if (partial_numbers == 0)  // nothing to add up between windows: one window, no barriers
       g.window = std::max<int64_t>(1, (longest_sequence(p) + g.segment - 1) / g.segment) * g.segment;
     threads = useful_threads(p, g.together * shares.per_sequence);
     scratch = (k.backward_scratch(p, g, shares.heads) + 63) / 64 * 64;
-    tile_bytes = static_cast<size_t>(g.ld * g.columns) * item_size(p);
+    tile_bytes = static_cast<size_t>(g.ld * g.columns * sum_size(p));
     slots = 0;
     for (int64_t n = 0; n < p.N; n += g.together)
       slots = std::max(slots, first_slot(p, g, std::min(n + g.together, p.N)) - first_slot(p, g, n));
@@ -134,7 +135,7 @@ struct BackwardMemory {
   BackwardMemory(const Problem& p, const BackwardPlan& plan, const ForwardPlan& forward, void* base) {
     Arena arena(base);
     const int64_t heads = plan.g.together * p.H, shares = plan.shares_per_head;
-    const int64_t tile = static_cast<int64_t>(plan.tile_bytes), item = static_cast<int64_t>(item_size(p));
+    const int64_t tile = static_cast<int64_t>(plan.tile_bytes), item = sum_size(p);
     checkpoints = p.checkpoints ? nullptr : arena.take<char>(plan.slots * p.H * plan.g.tiles * tile);
     D = arena.take<char>(heads * plan.g.tiles * tile);
     partial = arena.take<char>(heads * shares * plan.partial_numbers * item);

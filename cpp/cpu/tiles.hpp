@@ -27,8 +27,22 @@ struct Tiles {
 
   FWP_HD static P load(const T* p) { return fwp::load(p); }
   FWP_HD static void store(T* p, P x) { fwp::store(p, x); }
-  FWP_HD static P load_unaligned(const T* p) { return fwp::load_unaligned(p); }
-  FWP_HD static void store_unaligned(T* p, P x) { fwp::store_unaligned(p, x); }
+  template <class U>  // any number type; U = T moves bits
+  FWP_HD static P load_unaligned(const U* p) {
+    return load_as<T>(p);
+  }
+  template <class U>
+  FWP_HD static void store_unaligned(U* p, P x) {
+    store_as<T>(p, x);
+  }
+  template <class U>
+  FWP_HD static T widen(U x) {
+    return Stored<T, U>::widen(x);
+  }
+  template <class U>
+  FWP_HD static U round(T x) {
+    return Stored<T, U>::round(x);
+  }
   FWP_HD static P broadcast(T x) { return fwp::broadcast(x); }
   FWP_HD static P exp(P x) { return fwp::exp<T>(x); }
 

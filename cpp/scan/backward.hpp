@@ -23,6 +23,7 @@ struct BackwardScratch {
   T *Z, *p, *de;
   T *dkr, *dqr, *dkw, *H;  // [C][ld], H [ld]
   T *dk, *dq, *dg;
+  HeadGradients sums;  // of one segment, for gradients that are rounded when they are stored
 
   BackwardScratch(Arena& arena, const Geometry& g, int64_t head_count) {
     heads = arena.take<Head>(head_count);
@@ -49,6 +50,10 @@ struct BackwardScratch {
     dk = arena.take<T>(C * g.ld);
     dq = arena.take<T>(C * g.ld);
     dg = arena.take<T>(C * g.ld);
+    const auto rows = [&](int64_t width) {
+      return GradientRows{arena.take<T>(g.rounds ? g.segment * width : 0), width, kDType<T>};
+    };
+    sums = {rows(g.ld), rows(g.ld), rows(g.tiles * cols), rows(1), rows(g.ld)};
   }
 };
 
@@ -56,7 +61,7 @@ struct BackwardScratch {
 template <class Tile, class T>
 void put_row(const GradientRows& rows, int64_t t, int64_t first, const T* from, int64_t n, bool add) {
   if (!rows.data) return;
-  T* to = static_cast<T*>(rows.data) + t * rows.stride + first;
+  T* to = static_cast<T*>(rows.data) + t * rows.stride + first;  // of dtype T: see segment_rows
   if (!add) return copy_out<Tile>(from, n, to);
   int64_t i = 0;
   for (; i + Tile::kWidth <= n; i += Tile::kWidth)
@@ -172,7 +177,7 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Rule, Decay,
 template <class Tile, class Rule, class Decay, int C>
 bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& part,
                       BackwardScratch<Tile, Rule, Decay, C>& s, const Head& head, bool again, int64_t h, int64_t t0,
-                      int64_t end, Prefetch& ahead, const Stop& stop) {
+                      int64_t end, const HeadGradients& out, Prefetch& ahead, const Stop& stop) {
   using T = typename Tile::Scalar;
   const int64_t most = g.segment / C, size = g.ld * g.columns, block_size = C * g.columns;
   int64_t starts[C + 1] = {t0}, runs = 0, count = 0;  // a block has at least one token: at most C runs, then the end
@@ -203,8 +208,8 @@ bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& p
         ahead.step();
         t -= s.blocks[b].n;
         stage_columns<Tile, C>(head.d_o, t, s.blocks[b].n, p, g, j, s.x + block_size);
-        retreat(p, g, s.blocks[b], s, s.S + b * size, s.e + b * block_size, s.u + b * block_size, D, t - part.begin,
-                part, j, part.gradients[(h - part.head_begin) * part.next_head]);
+        retreat(p, g, s.blocks[b], s, s.S + b * size, s.e + b * block_size, s.u + b * block_size, D, t - t0, part, j,
+                out);
       }
     }
   return true;
@@ -237,7 +242,9 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
                    2 * heads * (part.tile_end - part.tile_begin) * (g.segment / C));
     for (int64_t h = 0; h < heads; ++h) {
       const bool again = !Decay::decays && h > 0 && s.heads[h].same_keys(s.heads[h - 1]);
-      if (!segment_backward(p, g, part, s, s.heads[h], again, part.head_begin + h, t0, end, ahead, stop)) return;
+      const HeadGradients &to = part.gradients[h * part.next_head], sums = segment_rows<T>(to, t0 - part.begin, s.sums);
+      if (!segment_backward(p, g, part, s, s.heads[h], again, part.head_begin + h, t0, end, sums, ahead, stop)) return;
+      if (g.rounds) round_segment<Tile>(p, g, part, sums, end - t0, to, t0 - part.begin);
     }
   }
 
@@ -249,11 +256,13 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
 
 // One row of a gradient: the partial rows of `heads` heads, `shares` each, rounded into `out`. First the shares of a
 // head are added, then the heads, so that it does not matter how many shares a head was cut into.
-template <class T>
+template <class Tile>
 void sum_row(const HeadGradients* gradients, GradientRows HeadGradients::* field, int64_t heads, int64_t next_head,
              int64_t shares, int64_t t, int64_t width, DType dtype, char* out) {
+  using T = typename Tile::Scalar;
   constexpr int64_t kPiece = 64;
-  T sum[kPiece], head[kPiece];
+  alignas(64) T sum[kPiece];
+  T head[kPiece];
   for (int64_t first = 0; first < width; first += kPiece) {
     const int64_t n = width - first < kPiece ? width - first : kPiece;
     if (heads * shares == 0) fill<T>(sum, n, 0);
@@ -265,16 +274,12 @@ void sum_row(const HeadGradients* gradients, GradientRows HeadGradients::* field
       }
       for (int64_t i = 0; i < n && shares > 0; ++i) sum[i] = h == 0 ? head[i] : sum[i] + head[i];
     }
-    for (int64_t i = 0; i < n; ++i)
-      if (dtype == DType::f64)
-        reinterpret_cast<double*>(out)[first + i] = static_cast<double>(sum[i]);
-      else
-        reinterpret_cast<float*>(out)[first + i] = static_cast<float>(sum[i]);
+    with_type<T>(dtype, [&](auto type) { copy_out<Tile>(sum, n, reinterpret_cast<decltype(type)*>(out) + first); });
   }
 }
 
 // Adds up the partial rows of one gradient.
-template <class T>
+template <class Tile>
 void reduce(const Problem& p, const ReducePart& part) {
   const Rows& to = part.to;
   const Sequence seq = sequence(p, part.n);
@@ -284,14 +289,14 @@ void reduce(const Problem& p, const ReducePart& part) {
     for (int64_t t = part.begin; t < part.end; ++t) {
       char* out = rows.at(t);
       if (part.columns == 0) {
-        sum_row<T>(own, part.field, to.group, part.shares, part.shares, t - part.origin, part.width, to.dtype, out);
+        sum_row<Tile>(own, part.field, to.group, part.shares, part.shares, t - part.origin, part.width, to.dtype, out);
         continue;
       }
       for (int64_t j = 0; j < part.shares; ++j) {
         const int64_t first = j * part.columns;
         const int64_t n = part.width - first < part.columns ? part.width - first : part.columns;
-        sum_row<T>(own + j, part.field, to.group, part.shares, 1, t - part.origin, n, to.dtype,
-                   out + first * static_cast<int64_t>(sizeof(T)));
+        sum_row<Tile>(own + j, part.field, to.group, part.shares, 1, t - part.origin, n, to.dtype,
+                      out + first * item_size(to.dtype));
       }
     }
   }

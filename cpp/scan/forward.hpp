@@ -41,15 +41,17 @@ struct ForwardScratch {
   }
 };
 
-// Stages blocks from token t on, `most` at the most; returns how many, and in t the token after them. again: they are
-// those that were staged for another head with the same keys.
+// Stages blocks from token t on, `most` at the most; returns how many, and in t the token after them. Blocks end with
+// chunks, so that they are the same whatever the segments. again: they are those that were staged for another head with
+// the same keys.
 template <class Tile, class Rule, class Decay, int C>
 int64_t stage_blocks(Block<Tile, Rule, Decay, C>* blocks, int64_t most, const Problem& p, const Geometry& g,
                      const Head& head, int64_t& t, int64_t end, bool again) {
   int64_t count = 0;
   while (count < most && t < end) {
     auto& block = blocks[count++];
-    t += again ? block.stage_beta(head, t) : block.stage(p, g, head, t, end);
+    const int64_t chunk_end = (t / g.chunk + 1) * g.chunk;
+    t += again ? block.stage_beta(head, t) : block.stage(p, g, head, t, end < chunk_end ? end : chunk_end);
   }
   return count;
 }
@@ -69,8 +71,7 @@ bool scan_blocks(const Problem& p, const Geometry& g, const ForwardPart& part, F
       continue;
     }
     advance<true>(block, p, g.ld, s.v, S, S, s.RX, s.e, s.u, s.o);
-    for (int r = 0; r < block.n; ++r)
-      copy_out<Tile>(s.o + r * g.columns, width, reinterpret_cast<T*>(head.o.at(t + r)) + first);
+    for (int r = 0; r < block.n; ++r) store_row<Tile>(s.o + r * g.columns, width, head.o, t + r, first);
   }
   return true;
 }

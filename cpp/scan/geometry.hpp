@@ -16,6 +16,7 @@ struct Geometry {
   int64_t segment = 0;   // tokens between checkpoints, a multiple of chunk
   int64_t window = 0;    // tokens that backward finishes between two barriers, a multiple of segment
   int64_t together = 0;  // sequences that backward works on between two barriers
+  bool rounds = false;   // some gradients are stored in less than the accumulation type
 };
 
 // What one worker does at a time. Neighbouring heads lie side by side in memory, so they are taken together, chunk by
@@ -33,8 +34,9 @@ struct ForwardPart : Part {
 
 // Rows of one gradient for one head, from the first token of a window on: the caller's array itself, or a partial sum.
 struct GradientRows {
-  void* data;  // in the accumulation type; nullptr: not wanted
-  int64_t stride;
+  void* data = nullptr;  // nullptr: not wanted
+  int64_t stride = 0;
+  DType dtype = DType::f32;  // of partial sums: the accumulation type
 };
 struct HeadGradients {
   GradientRows dq, dk, dv, dbeta, dg;

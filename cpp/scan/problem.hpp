@@ -4,11 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "dtype.hpp"
+
 namespace fwp {
 
 enum class Rule : int { linear, delta };
 enum class Decay : int { none, scalar, channel };
-enum class DType : int { f32, f64 };
 
 // A tensor [B,T,heads,n], last axis contiguous, or [B,T,heads] (n = 1). Strides count elements. Head h of the
 // recurrence reads head h / group: grouped heads share a row. data == nullptr: absent.
@@ -34,7 +35,7 @@ struct Interrupt {
 struct Problem {
   Rule rule = Rule::linear;
   Decay decay = Decay::none;
-  DType dtype = DType::f32;  // of accumulation, states, q, k, v
+  DType dtype = DType::f32;  // of q, k, v, o; accumulation and states are in accumulation(dtype)
   bool step = false;         // one token, block size 1
   int64_t N = 0, T = 0, H = 0, K = 0, V = 0;
   const int64_t* cu_seqlens = nullptr;  // N+1 offsets into the T axis of batch 0; nullptr: sequence n is batch n

@@ -1,5 +1,5 @@
 // The caller's memory, read and written row by row: everything behind these functions is staged in the accumulation
-// type, padded to whole packs.
+// type, padded to whole packs; halves are widened when they are read and rounded once when they are written.
 //
 // Tile is the machine (cpp/cpu/tiles.hpp): packs of T and the passes over a tile of the state.
 #pragma once
@@ -20,7 +20,7 @@ struct HeadRows {
 
 inline HeadRows head_rows(const Rows& r, const Sequence& seq, int64_t h) {
   if (!r.data) return {};
-  const int64_t item = r.dtype == DType::f64 ? 8 : 4;
+  const int64_t item = item_size(r.dtype);
   return {static_cast<char*>(r.data) + item * (seq.b * r.b + seq.begin * r.t + h / r.group * r.h), item * r.t, r.dtype};
 }
 
@@ -68,10 +68,10 @@ class Prefetch {
         piece_(static_cast<const char*>(checkpoints.data)),
         piece_left_(checkpoints.bytes),
         piece_per_step_((checkpoints.bytes / steps + 2 * kLine - 1) / kLine * kLine) {
-    const int64_t item = p.dtype == DType::f64 ? 8 : 4;
+    const int64_t item = item_size(p.dtype);
     keys_ = p.K * item;
     values_ = p.V * item;
-    gates_ = p.decay == Decay::channel ? keys_ : 0;
+    gates_ = p.decay == Decay::channel ? p.K * item_size(p.g.dtype) : 0;
   }
 
   // Always inline: GCC takes a function that only prefetches for one without effect and drops the call.
@@ -121,31 +121,47 @@ void fill(T* to, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) to[i] = value;
 }
 
-// n numbers, times a factor, and zeros up to padded.
-template <class Tile, class T>
-void copy_in(const T* from, int64_t n, T* to, int64_t padded, T factor = 1) {
+// Calls f with a number of the type that an array of this dtype stores; T is what is computed with. Always inline: what
+// f refers to would go through memory, at every row.
+template <class T, class F>
+FWP_HD auto with_type(DType dtype, const F& f) {
+  if (dtype == kDType<T>) return f(T());
+  if constexpr (sizeof(T) == 8)
+    return f(float());
+  else
+    return dtype == DType::bf16 ? f(Bfloat16()) : f(Float16());
+}
+
+// n numbers, widened to T, times a factor, and zeros up to padded.
+template <class Tile, class U, class T>
+void copy_in(const U* from, int64_t n, T* to, int64_t padded, T factor = 1) {
   int64_t i = 0;
   for (; i + Tile::kWidth <= n; i += Tile::kWidth)
     Tile::store(to + i, Tile::load_unaligned(from + i) * Tile::broadcast(factor));
-  for (; i < n; ++i) to[i] = from[i] * factor;
+  for (; i < n; ++i) to[i] = Tile::widen(from[i]) * factor;
   for (; i < padded; ++i) to[i] = 0;
 }
 
-template <class Tile, class T>
-void copy_out(const T* from, int64_t n, T* to) {
+// n numbers, rounded to U.
+template <class Tile, class T, class U>
+void copy_out(const T* from, int64_t n, U* to) {
   int64_t i = 0;
   for (; i + Tile::kWidth <= n; i += Tile::kWidth) Tile::store_unaligned(to + i, Tile::load(from + i));
-  for (; i < n; ++i) to[i] = from[i];
+  for (; i < n; ++i) to[i] = Tile::template round<U>(from[i]);
 }
 
-// n numbers of a row, widened to T; beta and g may be narrower than q.
+// n numbers of a row, from its column `first` on; padded with zeros.
 template <class Tile, class T>
 void stage_row(const HeadRows& rows, int64_t t, int64_t first, int64_t n, T* to, int64_t padded, T factor = 1) {
-  if (rows.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32))
-    return copy_in<Tile>(reinterpret_cast<const T*>(rows.at(t)) + first, n, to, padded, factor);
-  const float* narrow = reinterpret_cast<const float*>(rows.at(t)) + first;
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(narrow[i]) * factor;
-  for (int64_t i = n; i < padded; ++i) to[i] = 0;
+  with_type<T>(rows.dtype, [&](auto type) {
+    copy_in<Tile>(reinterpret_cast<const decltype(type)*>(rows.at(t)) + first, n, to, padded, factor);
+  });
+}
+
+template <class Tile, class T>
+void store_row(const T* from, int64_t n, const HeadRows& rows, int64_t t, int64_t first) {
+  with_type<T>(rows.dtype,
+               [&](auto type) { copy_out<Tile>(from, n, reinterpret_cast<decltype(type)*>(rows.at(t)) + first); });
 }
 
 inline int64_t tile_width(const Problem& p, const Geometry& g, int64_t tile) {
@@ -160,6 +176,44 @@ void stage_columns(const HeadRows& rows, int64_t t, int n, const Problem& p, con
   for (int i = 0; i < n; ++i)
     stage_row<Tile>(rows, t + i, tile * g.columns, width, to + i * Tile::kColumns, Tile::kColumns);
   fill<T>(to + n * Tile::kColumns, (C - n) * Tile::kColumns, 0);
+}
+
+// Where the tiles of a part add up the rows of a segment, which starts `skip` rows on: in place, or, because a sum of
+// several tiles shall be rounded once only, in scratch.
+template <class T>
+GradientRows segment_rows(const GradientRows& rows, int64_t skip, const GradientRows& scratch) {
+  if (!rows.data) return {};
+  if (rows.dtype != kDType<T>) return scratch;
+  return {static_cast<T*>(rows.data) + skip * rows.stride, rows.stride, rows.dtype};
+}
+template <class T>
+HeadGradients segment_rows(const HeadGradients& to, int64_t skip, const HeadGradients& scratch) {
+  return {segment_rows<T>(to.dq, skip, scratch.dq), segment_rows<T>(to.dk, skip, scratch.dk),
+          segment_rows<T>(to.dv, skip, scratch.dv), segment_rows<T>(to.dbeta, skip, scratch.dbeta),
+          segment_rows<T>(to.dg, skip, scratch.dg)};
+}
+
+// Rounds the sums of a segment of n tokens into the rows that are narrower.
+template <class Tile>
+void round_rows(const GradientRows& sums, int64_t n, int64_t width, const GradientRows& rows, int64_t skip) {
+  using T = typename Tile::Scalar;
+  if (!rows.data || rows.dtype == kDType<T>) return;
+  with_type<T>(rows.dtype, [&](auto type) {
+    auto* to = static_cast<decltype(type)*>(rows.data) + skip * rows.stride;
+    for (int64_t t = 0; t < n; ++t)
+      copy_out<Tile>(static_cast<const T*>(sums.data) + t * sums.stride, width, to + t * rows.stride);
+  });
+}
+
+template <class Tile>
+void round_segment(const Problem& p, const Geometry& g, const BackwardPart& part, const HeadGradients& sums, int64_t n,
+                   const HeadGradients& to, int64_t skip) {
+  const int64_t left = p.V - part.tile_begin * g.columns, columns = (part.tile_end - part.tile_begin) * g.columns;
+  round_rows<Tile>(sums.dq, n, p.K, to.dq, skip);
+  round_rows<Tile>(sums.dk, n, p.K, to.dk, skip);
+  round_rows<Tile>(sums.dv, n, left < columns ? left : columns, to.dv, skip);
+  round_rows<Tile>(sums.dbeta, n, 1, to.dbeta, skip);
+  round_rows<Tile>(sums.dg, n, p.decay == fwp::Decay::channel ? p.K : 1, to.dg, skip);
 }
 
 // A tile of a state. Its rows K.. and its columns beyond V are padding: zero here, and never stored. Columns may turn

@@ -8,6 +8,8 @@
 # NULL: beta (all ones; linear attention only), g (no decay; G is ignored), h0 (zero state), d_hT (zero), and any output
 # but o that is not wanted. Outputs are overwritten; they may not overlap anything.
 #
+# float16 and bfloat16, which Cython has no types for, go through fwp.h.
+#
 # Each function returns 0, or an error code of fwp.h; last_error() then holds this thread's message.
 #
 # The signatures, letter by letter, are the binary interface: functions are added, never changed.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from . import _core
 from ._core import ArgumentError
 
-Array: TypeAlias = NDArray[np.floating[Any]]
+Array: TypeAlias = NDArray[Any]  # bfloat16, a type that ml_dtypes adds to NumPy, is no np.floating
 Offsets: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 
 
@@ -61,7 +61,7 @@ def delta_rule(
     Parameters
     ----------
     q : ndarray [B,T,Hq,K]
-        Queries, float32 or float64.
+        Queries, float32, float64, float16 or bfloat16 (the type of the package ml_dtypes).
     k : ndarray [B,T,Hk,K]
         Keys, of the dtype of q. They are not normalised here: where beta |k|^2 > 2, states may grow without
         bound.
@@ -75,21 +75,23 @@ def delta_rule(
     scale : float
         Factor of the output.
     initial_state : ndarray [N,H,K,V], optional
-        Fast weight before the first token, of the dtype of q. N = B, or the number of packed sequences.
+        Fast weight before the first token, float32 (float64 where q is). N = B, or the number of packed
+        sequences.
     cu_seqlens : sequence of N+1 integers, optional
         Packed sequences, B = 1: sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1] - 1``. It
         starts with 0 and ends with T; a sequence may be empty.
     out : ndarray [B,T,H,V], optional
         Where to write o. It may overlap no other argument.
     final_state_out : ndarray [N,H,K,V], optional
-        Where to write the final state. It may overlap no other argument, ``initial_state`` included.
+        Where to write the final state, float32 (float64 where q is). It may overlap no other argument,
+        ``initial_state`` included.
 
     Returns
     -------
     o : ndarray [B,T,H,V]
         Outputs, of the dtype of v; ``out`` if given.
     final_state : ndarray [N,H,K,V]
-        Fast weight after the last token; ``final_state_out`` if given.
+        Fast weight after the last token, float32 (float64 where q is); ``final_state_out`` if given.
 
     Raises
     ------
@@ -105,6 +107,9 @@ def delta_rule(
     contiguous is copied once. Any size may be 0. The result is the same, bit for bit, for every number of
     threads, memory layout and batch around a sequence. The GIL is released. Cost: 6 K V flops per token and
     head, and memory for the results and about one state per thread.
+
+    float16 and bfloat16 are ways to store: all sums are float32, and each result is that of float32 arrays of
+    the same values, rounded once, to nearest even. What float16 cannot hold, beyond 65504, becomes infinite.
 
     Examples
     --------
@@ -193,7 +198,7 @@ def delta_rule_backward(
     q, k, v, beta, g, scale, initial_state, cu_seqlens
         As given to :func:`delta_rule`.
     dfinal_state : ndarray [N,H,K,V], optional
-        Gradient with respect to the final state, of the dtype of q; zero if None.
+        Gradient with respect to the final state, float32 (float64 where q is); zero if None.
     out : Gradients, optional
         Arrays to overwrite, each with its input's shape and dtype; None among them: a new array. They may
         overlap no other argument.
@@ -351,13 +356,13 @@ def delta_rule_step(
     Parameters
     ----------
     q, k, v : ndarray [B,Hq,K], [B,Hk,K], [B,Hv,V]
-        One token, float32 or float64.
+        One token, float32, float64, float16 or bfloat16.
     beta : ndarray [B,H]
         Write strength.
     g : ndarray [B,H] or [B,H,K], optional
         Log decay.
     state : ndarray [B,H,K,V]
-        Fast weight, read and overwritten, of the dtype of q. It may overlap no other argument.
+        Fast weight, read and overwritten, float32 (float64 where q is). It may overlap no other argument.
     scale : float
         Factor of the output.
     out : ndarray [B,H,V], optional

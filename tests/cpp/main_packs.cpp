@@ -1,5 +1,5 @@
-// Runs the doctest cases of test_packs.cpp if this machine has their instruction set level. Compiled without the
-// level's flags, so that it can say no.
+// Runs the doctest cases of test_packs.cpp and test_dtypes.cpp if this machine has their instruction set level.
+// Compiled without the level's flags, so that it can say no.
 #include <doctest/doctest.h>
 
 #include <cstring>

@@ -1,7 +1,6 @@
 // Every block size gives what the recurrence gives: the scans of cpp/scan themselves, forward and backward, with blocks
 // of 1 to 16 tokens, on inputs that are hard for a block: correlated keys, writes at the edge of stability, strong
 // gates.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <limits>
@@ -105,12 +104,13 @@ Inputs backward(Scan& s, Outputs& dy) {
   s.p.d_hT = states(dy.hT);
   s.p.dh0 = states(d.h0);
   std::vector<fwp::HeadGradients> gradients;
-  for (int64_t h = 0; h < kHeads; ++h)
-    gradients.push_back({{d.q.data() + h * kKeys, kHeads * kKeys},
-                         {d.k.data() + h * kKeys, kHeads * kKeys},
-                         {d.v.data() + h * kValues, kHeads * kValues},
-                         {d.beta.data() + h, kHeads},
-                         {gates ? d.g.data() + h * gates : nullptr, kHeads * gates}});
+  for (int64_t h = 0; h < kHeads; ++h) {
+    const auto of_head = [h](Array& x, int64_t n) {
+      return fwp::GradientRows{x.empty() ? nullptr : x.data() + h * n, kHeads * n, fwp::DType::f64};
+    };
+    gradients.push_back(
+        {of_head(d.q, kKeys), of_head(d.k, kKeys), of_head(d.v, kValues), of_head(d.beta, 1), of_head(d.g, gates)});
+  }
   Memory D(static_cast<size_t>(kHeads * s.g.tiles * s.g.ld * s.g.columns) * sizeof(double));
   auto part = s.part<fwp::BackwardPart>();
   part.end = kTokens;

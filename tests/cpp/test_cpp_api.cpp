@@ -147,6 +147,33 @@ TEST_CASE("a step updates its state") {
   CHECK(Array(state, state + 4) == Array{6, 10, 2, 2});
 }
 
+// 1, 2 and 3 in both formats.
+constexpr fwp::float16 kHalf[] = {{0x3c00}, {0x4000}, {0x4200}};
+constexpr fwp::bfloat16 kBrain[] = {{0x3f80}, {0x4000}, {0x4040}};
+
+template <class Number>
+void check_half(const Number (&numbers)[3]) {
+  const Number zero{0}, k[] = {numbers[0], zero}, v[] = {numbers[2], numbers[1]};
+  const float beta[] = {1};
+  float state[] = {1, 1, 2, 2};
+  Number o[2] = {};
+  fwp::inputs in;
+  in.q = in.k = {k, {1, 1, 2}};
+  in.v = {v, {1, 1, 2}};
+  in.beta = {beta, {1, 1}};
+  fwp::delta_step(in, {state, {1, 1, 2, 2}}, {o, {1, 1, 2}});
+  CHECK(o[0].bits == numbers[2].bits);
+  CHECK(o[1].bits == numbers[1].bits);
+  CHECK(Array(state, state + 4) == Array{3, 2, 2, 2});
+  in.v = {v, {1, 2, 1}};
+  CHECK_THROWS_AS(fwp::delta_step(in, {state, {1, 1, 2, 2}}, {o, {1, 1, 2}}), fwp::Error);
+}
+
+TEST_CASE("half precisions by their bits, states in float") {
+  check_half(kHalf);
+  check_half(kBrain);
+}
+
 TEST_CASE_FIXTURE(Problem, "errors are exceptions with the code and the message of fwp.h") {
   in.k = {x.k.data(), {B, T, H, K - 1}};
   try {

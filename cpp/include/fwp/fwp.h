@@ -15,8 +15,9 @@
  *   - Tensors are DLPack tensors on the CPU. Strides count elements; any strides on B, N, T and H are read in
  *     place, and on the K axis of a state; the last axis of size K or V must be contiguous (stride 1, or size at
  *     most 1). strides == NULL means compact row-major. An absent tensor is a NULL pointer.
- *   - q, k, v share one dtype, float32 or float64; beta and g have that dtype or float32. Accumulation and
- *     states are float32 (float64 for float64). o has v's dtype, each gradient has its input's dtype.
+ *   - q, k, v share one dtype: float32, float64, float16 or bfloat16; beta and g have that dtype or float32.
+ *     Accumulation and states are float32 (float64 for float64). o has v's dtype, each gradient has its input's
+ *     dtype. Halves are widened exactly where they are read, and each result is rounded once, to nearest even.
  *   - Inputs may alias each other. Outputs may not overlap an input or another output.
  *   - Results are bitwise equal for any number of threads, any memory layout and any batch around a sequence,
  *     for one instruction set level and build.

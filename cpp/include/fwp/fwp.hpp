@@ -40,8 +40,17 @@ inline void check(int status) {
   if (status != FWP_OK) throw Error(status, fwp_last_error());
 }
 
-// A tensor of float, double, int32_t or int64_t in the caller's memory; strides count elements and default to compact
-// row-major. A default view is an absent tensor. Views of inputs may be made from const pointers.
+// Half-precision numbers as their bits. A pointer to those of a compiler or another library is cast to a pointer to
+// these.
+struct float16 {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// A tensor of float, double, float16, bfloat16, int32_t or int64_t in the caller's memory; strides count elements and
+// default to compact row-major. A default view is an absent tensor. Views of inputs may be made from const pointers.
 class view {
  public:
   view() = default;
@@ -49,9 +58,11 @@ class view {
   template <class T>
   view(T* data, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides = {}) : present_(true) {
     using Item = std::remove_const_t<T>;
-    static_assert(std::is_same_v<Item, float> || std::is_same_v<Item, double> || std::is_same_v<Item, int32_t> ||
-                      std::is_same_v<Item, int64_t>,
-                  "fwp::view holds float, double, int32_t or int64_t");
+    constexpr bool is_integer = std::is_same_v<Item, int32_t> || std::is_same_v<Item, int64_t>;
+    constexpr bool is_bfloat = std::is_same_v<Item, bfloat16>;
+    static_assert(is_integer || is_bfloat || std::is_same_v<Item, float16> || std::is_same_v<Item, float> ||
+                      std::is_same_v<Item, double>,
+                  "fwp::view holds float, double, float16, bfloat16, int32_t or int64_t");
     if (shape.size() > shape_.size()) throw Error(FWP_SHAPE_ERROR, "view: expected at most 4 axes");
     if (strides.size() != 0 && strides.size() != shape.size())
       throw Error(FWP_SHAPE_ERROR, "view: expected as many strides as axes");
@@ -61,7 +72,7 @@ class view {
     tensor_.data = const_cast<Item*>(data);
     tensor_.device = {kDLCPU, 0};
     tensor_.ndim = static_cast<int32_t>(shape.size());
-    tensor_.dtype = {std::is_floating_point_v<Item> ? uint8_t{kDLFloat} : uint8_t{kDLInt}, 8 * sizeof(Item), 1};
+    tensor_.dtype = {uint8_t{is_integer ? kDLInt : is_bfloat ? kDLBfloat : kDLFloat}, 8 * sizeof(Item), 1};
   }
 
   bool present() const noexcept { return present_; }
