@@ -34,6 +34,13 @@ void bind_config(pybind11::module_& m) {
     const pybind11::gil_scoped_release nogil;
     return 1e-9 * fwp_fma_peak(dtype == "float64" ? 64 : 32, seconds);
   });
+  m.def("cache_limit", [] {
+    size_t bytes = 0;
+    check(fwp_cache_limit(&bytes));
+    return bytes;
+  });
+  m.def("cache_idle", &fwp_cache_idle);
+  m.def("empty_cache", &fwp_empty_cache);
   m.def("cuda_state", &fwp_cuda_state);
 }
 

@@ -1,10 +1,12 @@
 #include "numpy.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <string>
 #include <utility>
 
 #include "errors.hpp"
+#include "memory.hpp"
 
 namespace py = pybind11;
 
@@ -57,6 +59,13 @@ DLDataType float_dtype(const char* name, py::handle array) {
 int type_num(DLDataType dtype) {
   if (dtype.code == kDLBfloat) return bfloat16_type_num;
   return dtype.bits == 64 ? kTypeNumDouble : dtype.bits == 32 ? kTypeNumFloat : kTypeNumHalf;
+}
+
+// Saturates far above what can be allocated.
+int64_t size_in_bytes(int rank, const int64_t* shape, DLDataType dtype) {
+  double bytes = dtype.bits / 8;
+  for (int i = 0; i < rank; ++i) bytes *= static_cast<double>(shape[i]);
+  return static_cast<int64_t>(std::min(bytes, 0x1p62));
 }
 
 int64_t offset(const char* name, py::handle item) {
@@ -120,6 +129,7 @@ void Array::read_offsets(const char* name, py::handle object) {
 }
 
 void Array::make(int rank, const int64_t* shape, DLDataType dtype) {
+  const WarmMemory warm(size_in_bytes(rank, shape, dtype));
   PyObject* const descr = api().PyArray_DescrFromType_(type_num(dtype));
   object_ = py::reinterpret_steal<py::object>(api().PyArray_NewFromDescr_(
       api().PyArray_Type_, descr, rank, reinterpret_cast<const Py_intptr_t*>(shape), nullptr, nullptr, 0, nullptr));
@@ -140,6 +150,7 @@ bool Array::make_contiguous() {
   if (!present() || tensor_.ndim == 0 || shape_[tensor_.ndim - 1] <= 1 || tensor_.strides == nullptr ||
       strides_[tensor_.ndim - 1] == 1)
     return false;
+  const WarmMemory warm(size_in_bytes(tensor_.ndim, shape_, tensor_.dtype));
   py::object copy = py::reinterpret_steal<py::object>(api().PyArray_NewCopy_(object_.ptr(), 0));
   if (!copy) throw py::error_already_set();
   original_ = std::exchange(object_, std::move(copy));

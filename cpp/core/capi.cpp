@@ -1,9 +1,7 @@
 // The C ABI: every scan is check, take scratch memory, run.
-#include <cstdlib>
-#include <memory>
-
 #include "../cpu/dispatch.hpp"
 #include "error.hpp"
+#include "memory.hpp"
 #include "validate.hpp"
 
 namespace fwp::core {
@@ -11,23 +9,11 @@ namespace {
 
 using Kernel = bool (*)(const Problem&, void* workspace);
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-std::unique_ptr<void, Free> allocate_workspace(size_t bytes) {
-  if (bytes == 0) return nullptr;
-  const size_t rounded = (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
-  std::unique_ptr<void, Free> memory(std::aligned_alloc(kWorkspaceAlignment, rounded));
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
 void run(Call& call, Kernel kernel, size_t needed, void* workspace, size_t workspace_bytes, void* stream) {
   if (stream != nullptr) fail(FWP_ARGUMENT_ERROR, "stream: expected NULL for CPU tensors, got a stream");
   if (workspace != nullptr) call.add_workspace(workspace, workspace_bytes, needed);
   call.check_memory();
-  const auto own = allocate_workspace(workspace == nullptr ? needed : 0);
+  const Memory own(workspace == nullptr && needed > 0 ? allocate(needed) : nullptr);
   if (!kernel(call.problem, workspace != nullptr ? workspace : own.get())) fail(FWP_INTERRUPTED, "interrupted");
 }
 
@@ -185,6 +171,24 @@ double fwp_fma_peak(int bits, double seconds) noexcept {
   if (cpu::isa() == nullptr || (bits != 32 && bits != 64)) return 0;
   return cpu::fma_peak(bits == 64 ? fwp::DType::f64 : fwp::DType::f32, seconds);
 }
+
+void* fwp_allocate(size_t bytes) noexcept { return fwp_reallocate(nullptr, bytes); }
+
+void* fwp_reallocate(void* memory, size_t bytes) noexcept {
+  void* grown = nullptr;
+  core::guarded([&] { grown = core::reallocate(memory, bytes); });
+  return grown;
+}
+
+void fwp_free(void* memory) noexcept { core::deallocate(memory); }
+
+int fwp_cache_limit(size_t* bytes) noexcept {
+  return core::guarded([&] { core::result("bytes", bytes) = core::cache_limit(); });
+}
+
+size_t fwp_cache_idle(void) noexcept { return core::cache_idle(); }
+
+void fwp_empty_cache(void) noexcept { core::empty_cache(); }
 
 const char* fwp_cuda_state(void) noexcept { return "not built"; }
 

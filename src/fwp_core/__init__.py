@@ -28,6 +28,7 @@ from ._core import (
 )
 from .config import (
     available_isas,
+    empty_cache,
     get_cmake_dir,
     get_include,
     get_num_threads,
@@ -64,6 +65,7 @@ __all__ = [
     "delta_rule",
     "delta_rule_backward",
     "delta_rule_step",
+    "empty_cache",
     "get_cmake_dir",
     "get_include",
     "get_num_threads",

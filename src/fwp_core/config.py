@@ -100,6 +100,23 @@ def _current_isa() -> str | None:
         return None
 
 
+def empty_cache() -> None:
+    """Give the memory that is kept warm for the next large results back to the system.
+
+    Results and workspaces of 1 MiB and more are made in the memory of earlier ones that are gone. Up to
+    ``FWP_CACHE_MB`` megabytes of it (512; 0: none) are kept, the newest first. Arrays in use are not touched.
+    """
+    _core.empty_cache()
+
+
+def _cache_limit() -> int | None:
+    """The bytes that may be kept warm, None if FWP_CACHE_MB is no number of megabytes."""
+    try:
+        return _core.cache_limit()
+    except ArgumentError:
+        return None
+
+
 def has_cuda() -> bool:
     """Return whether arrays on an NVIDIA GPU can be used."""
     return _core.cuda_state() == "available"
@@ -110,10 +127,12 @@ def show_config(mode: None = None) -> None: ...
 @overload
 def show_config(mode: Literal["dict"]) -> dict[str, Any]: ...
 def show_config(mode: str | None = None) -> dict[str, Any] | None:
-    """Print version, compiler, instruction sets, threads and CUDA state, or return them with ``mode="dict"``.
+    """Print version, build, threads, memory and CUDA state, or return them with ``mode="dict"``.
 
     ``isa`` is None, and ``block_size`` 0, if FWP_ISA names no level of this machine. ``block_size`` is the
     number of tokens taken per pass over the fast weight at the level in use.
+    ``cache_idle`` bytes of memory are kept warm for the next results, at most ``cache_limit``; that is None
+    if FWP_CACHE_MB is no number.
     """
     if mode not in (None, "dict"):
         raise ArgumentError(f"mode: expected None or 'dict', got {mode!r}")
@@ -124,6 +143,8 @@ def show_config(mode: str | None = None) -> dict[str, Any] | None:
         "available_isas": available_isas(),
         "block_size": _core.block_size(),
         "threads": get_num_threads(),
+        "cache_limit": _cache_limit(),
+        "cache_idle": _core.cache_idle(),
         "cuda": _core.cuda_state(),
     }
     if mode == "dict":

@@ -227,6 +227,18 @@ FWP_API int fwp_block_size(void) FWP_NOEXCEPT;
  * benchmarks. bits: 32 or 64. Takes about `seconds`; 0 if bits is neither. */
 FWP_API double fwp_fma_peak(int bits, double seconds) FWP_NOEXCEPT;
 
+/* Memory for tensors and workspaces, aligned to 64 bytes, contents unspecified; used as C's malloc, realloc and free.
+ * Blocks of 1 MiB and more that are not in use stay warm for the next call, of this library's own workspaces too, up to
+ * FWP_CACHE_MB megabytes (512; 0: none), the newest first. If that is not a whole number, fwp_cache_limit and calls
+ * that need a large block fail with FWP_ARGUMENT_ERROR. A failed allocation returns NULL and leaves a message. */
+FWP_API void* fwp_allocate(size_t bytes) FWP_NOEXCEPT;
+FWP_API void* fwp_reallocate(void* memory, size_t bytes) FWP_NOEXCEPT;
+FWP_API void fwp_free(void* memory) FWP_NOEXCEPT;
+/* Bytes of memory that may stay warm, and that do now; fwp_empty_cache hands those back to the system. */
+FWP_API int fwp_cache_limit(size_t* bytes) FWP_NOEXCEPT;
+FWP_API size_t fwp_cache_idle(void) FWP_NOEXCEPT;
+FWP_API void fwp_empty_cache(void) FWP_NOEXCEPT;
+
 /* State of the CUDA back end in words, "available" if it can be used. */
 FWP_API const char* fwp_cuda_state(void) FWP_NOEXCEPT;
 
