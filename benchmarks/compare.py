@@ -86,7 +86,7 @@ def settings(args: argparse.Namespace) -> Settings:
         "thread_counts": args.threads,
         "peers": tuple(n for n in PEERS if n in names),
     }
-    return Settings(**common, peak_seconds=0.003, pause_seconds=0.0) if args.quick else Settings(**common)
+    return Settings(**common, peak_seconds=0.003) if args.quick else Settings(**common)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

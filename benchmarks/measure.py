@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +30,6 @@ class Settings(NamedTuple):
     thread_counts: tuple[int, ...] = (1,)
     peers: tuple[str, ...] = tuple(PEERS)
     peak_seconds: float = 0.03
-    pause_seconds: float = 0.02  # thread pools spin for a while after a call
     slow_seconds: float = 1.0  # who takes longer takes part in the first slow_rounds only
     slow_rounds: int = 3
 
@@ -178,11 +176,11 @@ def rounds(samples: list[Samples], open_: dict[Key, Worker], settings: Settings,
         for block in order.sample(list(blocks.values()), len(blocks)):
             peaks = {}
             for key in {_peak_of(sample.key) for sample in block}:
-                peaks[key] = _ask(open_[key], settings, "peak", seconds=settings.peak_seconds)["rate"]
+                peaks[key] = _ask(open_[key], "peak", seconds=settings.peak_seconds)["rate"]
             for sample in order.sample(block, len(block)):
                 if number >= settings.slow_rounds and min(sample.seconds) > settings.slow_seconds:
                     continue
-                answer = _ask(open_[sample.key], settings, "run", case=sample.case)
+                answer = _ask(open_[sample.key], "run", case=sample.case)
                 sample.seconds.append(answer["seconds"])
                 sample.peaks.append(peaks[_peak_of(sample.key)])
         say(f"round {number + 1} of {settings.rounds}")
@@ -193,8 +191,7 @@ def _peak_of(key: Key) -> Key:
     return key if PEERS[key.peer].module == PEERS[OURS].module else Key(OURS, key.threads)
 
 
-def _ask(worker: Worker, settings: Settings, do: str, **arguments: Any) -> dict[str, Any]:
-    time.sleep(settings.pause_seconds)
+def _ask(worker: Worker, do: str, **arguments: Any) -> dict[str, Any]:
     answer = worker.ask(do, **arguments)
     if "refused" in answer:
         raise RuntimeError(f"{do} {arguments}: {answer['refused']}")

@@ -216,7 +216,7 @@ def _exact_head(
 
 
 def checked(case: Case, x: Array) -> Array:
-    """The part of an input or result that is compared: [B,H,...] in a step, else [B,T,H,...]."""
+    """What is compared of an input or result, heads equal: [B,H,...] in a step, else [B,T,H,...]."""
     x = x[_first_and_last(len(x))]
     if case.task == "step":
         return x.take(_first_and_last(case.H), 1)

@@ -1,7 +1,7 @@
 """One participant in a process of its own, and the handle by which the others wait for it.
 
-The process reads one request per line and answers with one line, both JSON. Between requests it sleeps, so
-that of all participants only one runs at a time, whatever thread pools the others have.
+The process reads one request per line and answers with one line, both JSON. It answers only when its thread
+pools have come to rest, so that of all participants only one runs at a time.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Server:
             seconds = min(seconds, *(_seconds(prepared.call, 1) for _ in range(4)))
         repeats = min(max(round(SAMPLE_SECONDS / seconds), 1), 100_000)
         self.prepared[case.name] = prepared, repeats, seconds < COLD_SECONDS
+        _rest()
         return {"errors": worst}
 
     def run(self, case: Case) -> Answer:
@@ -71,6 +72,7 @@ class Server:
         gc.disable()
         seconds = _seconds(prepared.call, repeats)
         gc.enable()
+        _rest()
         return {"seconds": seconds}
 
     def peak(self, seconds: float) -> Answer:
@@ -89,6 +91,16 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
+
+
+def _rest(interval: float = 0.005, most: float = 1.0) -> None:
+    """Wait until this process uses no processor: some pools spin for tens of milliseconds after a call."""
+    deadline = time.monotonic() + most
+    while time.monotonic() < deadline:
+        before = time.process_time()
+        time.sleep(interval)
+        if time.process_time() - before < 0.1 * interval:
+            return
 
 
 def _growth(call: Callable[[], Any]) -> int:
