@@ -72,14 +72,14 @@ def _rates(ax: Axes, rows: list[Record], threads: int) -> None:
     ax.set(
         xscale="log",
         xlabel="credited GFLOP/s at the median",
-        title=f"forward and backward, {threads} threads",
+        title=f"forward and backward, threads: {threads}",
     )
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def _steps(ax: Axes, rows: list[Record], threads: int) -> None:
     _dots(ax, rows, lambda row: row["seconds"]["median"] * 1e6)
-    ax.set(xscale="log", xlabel="microseconds at the median", title=f"one step, {threads} threads")
+    ax.set(xscale="log", xlabel="microseconds at the median", title=f"one step, threads: {threads}")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 

@@ -99,15 +99,16 @@ def print_memory(rows: list[Record]) -> None:
     """Extra memory of forward and backward."""
     title = "memory of forward and backward, at its highest, beside inputs, do, outputs and gradients"
     print(f"\n== {title}\n")
-    print(f"  {'':42s}{'':18s}{'extra MiB':>10s}{'arrays MiB':>11s}{'share':>8s}")
+    print(f"  {'':48s}{'':18s}{'extra MiB':>10s}{'arrays MiB':>11s}{'share':>8s}")
     for row in rows:
         extra, arrays = (row[name] / 2**20 for name in ("extra_bytes", "array_bytes"))
-        print(f"  {row['case']:42s}{row['peer']:18s}{extra:10.1f}{arrays:11.1f}{row['share']:8.1%}")
+        print(f"  {row['case']:48s}{row['peer']:18s}{extra:10.1f}{arrays:11.1f}{row['share']:8.1%}")
 
 
 def print_refusals(rows: list[Record]) -> None:
     """Who is not in the table, and why."""
-    print("\n== not measured\n")
+    if rows:
+        print("\n== not measured\n")
     for row in rows:
         named = [case for case in row["cases"] if case]
         where = (
