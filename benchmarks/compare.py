@@ -136,6 +136,7 @@ def main() -> int:
             *(f"{group:8s} {case.name}" for group, cases in chosen(args).items() for case in cases), sep="\n"
         )
         return 0
+    sys.stdout.reconfigure(line_buffering=True)  # a table shows when its group is done, in a file too
     try:
         document = run(args)
     except GateClosed as reason:

@@ -29,7 +29,7 @@ from registry import GROUPS, Case
 BENCHMARKS = Path(compare.__file__).parent
 CASES = list(dict.fromkeys(case for cases in GROUPS.values() for case in cases))
 SCANS = [case for case in CASES if case.rule in registry.FAST_WEIGHT_RULES]
-TINY = list(dict.fromkeys(replace(case.tiny(), every_thread_count=False, alone=False) for case in CASES))
+TINY = list(dict.fromkeys(replace(case.tiny(), every_thread_count=False) for case in CASES))
 TINY_SCANS = [case for case in TINY if case.rule in registry.FAST_WEIGHT_RULES]
 
 
