@@ -16,10 +16,10 @@ struct BackwardScratch {
   using T = typename Tile::Scalar;
   Head* heads;
   Block<Tile, Rule, Decay, C>* blocks;
-  T* S;       // the state before each block, and after the last
-  T *e, *u;   // [segment][columns]
-  T *v, *RX;  // as in forward
-  T* x;       // [2C][columns]: -de, then do
+  T* S;               // the state before each block, and after the last
+  T *e, *u;           // [segment][columns]
+  T *v, *RX;          // as in forward
+  T *minus_de, *d_o;  // [C][columns], one after the other
   T *Z, *p, *de;
   T *dkr, *dqr, *dkw, *H;  // [C][ld], H [ld]
   T *dk, *dq, *dg;
@@ -39,7 +39,8 @@ struct BackwardScratch {
     u = arena.take<T>(g.segment * cols);
     v = arena.take<T>(C * cols);
     RX = arena.take<T>(2 * C * cols);
-    x = arena.take<T>(2 * C * cols);
+    minus_de = arena.take<T>(2 * C * cols);
+    d_o = counting ? nullptr : minus_de + C * cols;
     Z = arena.take<T>(C * cols);
     p = arena.take<T>(C * cols);
     de = arena.take<T>(C * cols);
@@ -88,46 +89,36 @@ void column_sums(const T* d_o, const T* minus_de, const T* p, const T* u, const 
   Tile::template sums<sums>(x, out);
 }
 
-// One block backward on one tile: S is the state before it, D the adjoint of the state after it, in place that before.
-template <class Tile, class Rule, class Decay, int C, class T>
-void retreat(const Problem& p, const Geometry& g, const Block<Tile, Rule, Decay, C>& b,
-             BackwardScratch<Tile, Rule, Decay, C>& s, const T* S, const T* e, const T* u, T* D, int64_t t,
-             const BackwardPart& part, int64_t tile, const HeadGradients& out) {
+// p, de and -de of the block from Z and do.
+template <class Tile, class Rule, class Decay, int C>
+void error_adjoints(const Block<Tile, Rule, Decay, C>& b, BackwardScratch<Tile, Rule, Decay, C>& s) {
   using P = typename Tile::P;
   constexpr int W = Tile::kWidth, cols = Tile::kColumns;
-  const int64_t ld = g.ld;
-  T* const minus_de = s.x;
-  const T* const d_o = s.x + C * cols;
-
-  Tile::template read<C>(b.k_w, ld, p.K, D, s.Z);
   for (int j = 0; j < cols; j += W) {
-    P Z[C], o[C], pj[C], de[C];
+    P Z[C], d_o[C], p[C], de[C];
     FWP_UNROLL for (int i = 0; i < C; ++i) {
       Z[i] = Tile::load(s.Z + i * cols + j);
-      o[i] = Tile::load(d_o + i * cols + j);
+      d_o[i] = Tile::load(s.d_o + i * cols + j);
     }
-    block_bwd<Rule, C>(Z, b.MP, o, b.beta, pj, de);
+    block_bwd<Rule, C>(Z, b.MP, d_o, b.beta, p, de);
     FWP_UNROLL for (int i = 0; i < C; ++i) {
       const P there = i < b.n ? de[i] : P{};  // rows beyond the last token must not reach D
-      Tile::store(s.p + i * cols + j, pj[i]);
+      Tile::store(s.p + i * cols + j, p[i]);
       Tile::store(s.de + i * cols + j, there);
-      Tile::store(minus_de + i * cols + j, -there);
+      Tile::store(s.minus_de + i * cols + j, -there);
     }
   }
+}
 
-  alignas(P) T dMP[Tile::template room<C * C + C>];
-  const T* const dbeta = dMP + C * C;
-  column_sums<Rule, Tile, C>(d_o, minus_de, s.p, u, e, dMP);
-  for (int i = 0; i < b.n; ++i) {
-    Tile::read_columns(S, ld, d_o + i * cols, s.dqr + i * ld);
-    Tile::read_columns(D, ld, u + i * cols, s.dkw + i * ld);
-    if constexpr (Rule::predicts) Tile::read_columns(S, ld, minus_de + i * cols, s.dkr + i * ld);
-  }
-  if constexpr (Decay::decays) Tile::dot_rows(S, D, ld, s.H);
-
+// dk, dq and dg of every token from the sums over the columns. dg of a scalar gate stands first in its row.
+template <class Tile, class Rule, class Decay, int C, class T>
+void key_gradients(const Problem& p, const Geometry& g, const Block<Tile, Rule, Decay, C>& b,
+                   BackwardScratch<Tile, Rule, Decay, C>& s, const T* dMP) {
+  using P = typename Tile::P;
+  const int64_t ld = g.ld;
   const P scale = Tile::broadcast(static_cast<T>(p.scale));
   P dg_sum[Tile::template room<C>] = {};
-  for (int64_t d = 0; d < ld; d += W) {
+  for (int64_t d = 0; d < ld; d += Tile::kWidth) {
     P k[C], q[C], a[C] = {}, dkr[C] = {}, dqr[C] = {}, dkw[C] = {}, dk[C], dq[C], dg[C] = {}, H = {};
     for (int i = 0; i < C; ++i) {
       k[i] = Tile::load(b.kq + i * ld + d);
@@ -150,24 +141,47 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Rule, Decay,
         dg_sum[i] += dg[i];
     }
   }
-  alignas(P) T dg[Tile::template room<C>];
-  if constexpr (Decay::decays && !Decay::per_channel) Tile::template sums<C>(dg_sum, dg);
+  if constexpr (Decay::decays && !Decay::per_channel) {
+    alignas(P) T sums[Tile::template room<C>];
+    Tile::template sums<C>(dg_sum, sums);
+    for (int i = 0; i < C; ++i) s.dg[i * ld] = sums[i];
+  }
+}
 
-  const int64_t width = tile_width(p, g, tile);
+// One block backward on one tile: S is the state before it, D the adjoint of the state after it, in place that before.
+template <class Tile, class Rule, class Decay, int C, class T>
+void retreat(const Problem& p, const Geometry& g, const Block<Tile, Rule, Decay, C>& b,
+             BackwardScratch<Tile, Rule, Decay, C>& s, const T* S, const T* e, const T* u, T* D, int64_t t,
+             const BackwardPart& part, int64_t tile, const HeadGradients& out) {
+  constexpr int cols = Tile::kColumns;
+  const int64_t ld = g.ld;
+  Tile::template read<C>(b.k_w, ld, p.K, D, s.Z);
+  error_adjoints(b, s);
+
+  alignas(typename Tile::P) T dMP[Tile::template room<C * C + C>];
+  column_sums<Rule, Tile, C>(s.d_o, s.minus_de, s.p, u, e, dMP);
+  for (int i = 0; i < b.n; ++i) {
+    Tile::read_columns(S, ld, s.d_o + i * cols, s.dqr + i * ld);
+    Tile::read_columns(D, ld, u + i * cols, s.dkw + i * ld);
+    if constexpr (Rule::predicts) Tile::read_columns(S, ld, s.minus_de + i * cols, s.dkr + i * ld);
+  }
+  if constexpr (Decay::decays) Tile::dot_rows(S, D, ld, s.H);
+  key_gradients(p, g, b, s, dMP);
+
+  const int64_t width = tile_width(p, g, tile), gates = Decay::per_channel ? p.K : 1;
   const bool add = tile > part.tile_begin;
   for (int i = 0; i < b.n; ++i) {
     put_row<Tile>(out.dq, t + i, 0, s.dq + i * ld, p.K, add);
     put_row<Tile>(out.dk, t + i, 0, s.dk + i * ld, p.K, add);
     put_row<Tile>(out.dv, t + i, (tile - part.tile_begin) * cols, s.de + i * cols, width, false);
-    put_row<Tile>(out.dbeta, t + i, 0, dbeta + i, 1, add);
-    if constexpr (Decay::per_channel) put_row<Tile>(out.dg, t + i, 0, s.dg + i * ld, p.K, add);
-    if constexpr (Decay::decays && !Decay::per_channel) put_row<Tile>(out.dg, t + i, 0, dg + i, 1, add);
+    put_row<Tile>(out.dbeta, t + i, 0, dMP + C * C + i, 1, add);
+    if constexpr (Decay::decays) put_row<Tile>(out.dg, t + i, 0, s.dg + i * ld, gates, add);
   }
 
   if constexpr (Rule::predicts)
-    Tile::template write<2 * C, Decay::decays>(b.kq_r, ld, p.K, b.A, s.x, D, D);
+    Tile::template write<2 * C, Decay::decays>(b.kq_r, ld, p.K, b.A, s.minus_de, D, D);
   else
-    Tile::template write<C, Decay::decays>(b.kq_r + C * ld, ld, p.K, b.A, d_o, D, D);
+    Tile::template write<C, Decay::decays>(b.kq_r + C * ld, ld, p.K, b.A, s.d_o, D, D);
   b.reset(p, D);
 }
 
@@ -207,7 +221,7 @@ bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& p
         if (stop.asked(stop.data)) return false;
         ahead.step();
         t -= s.blocks[b].n;
-        stage_columns<Tile, C>(head.d_o, t, s.blocks[b].n, p, g, j, s.x + block_size);
+        stage_columns<Tile, C>(head.d_o, t, s.blocks[b].n, p, g, j, s.d_o);
         retreat(p, g, s.blocks[b], s, s.S + b * size, s.e + b * block_size, s.u + b * block_size, D, t - t0, part, j,
                 out);
       }
