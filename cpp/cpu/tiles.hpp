@@ -22,6 +22,7 @@ struct Tiles {
   static constexpr int kPacks = 2;
   static constexpr int kWidth = kLanes<T>;
   static constexpr int kColumns = kPacks * kWidth;
+  static constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // numbers in a line of the caches
   // Rows whose accumulators fit into the registers beside two packs of the state and one broadcast.
   static constexpr int kRows = kVectorRegisters >= 32 ? 12 : 6;
 
@@ -42,16 +43,20 @@ struct Tiles {
     FWP_UNROLL for (int i = 0; i < n; i += kWidth) store(out + i, sum_each<T>(x + i));
   }
 
-  // out[R][kColumns] = rows[R][K] S
-  template <int R>
-  FWP_PASS static void read(const T* rows, ptrdiff_t ld, int64_t K, const T* S, T* out, ptrdiff_t stride = kColumns) {
+  // out[R][kColumns] = rows[R][K] S. asks: fetches the tile that lies `ahead` numbers after S into the second-level
+  // cache meanwhile; steps on states in main memory spend half of their time otherwise waiting.
+  template <int R, bool asks = false>
+  FWP_PASS static void read(const T* rows, ptrdiff_t ld, int64_t K, const T* S, T* out, ptrdiff_t stride = kColumns,
+                            ptrdiff_t ahead = 0) {
     if constexpr (R > kRows) {
-      read<kRows>(rows, ld, K, S, out, stride);
+      read<kRows, asks>(rows, ld, K, S, out, stride, ahead);
       read<R - kRows>(rows + kRows * ld, ld, K, S, out + kRows * kColumns, stride);
     } else {
       P sum[R][kPacks] = {};
       for (int64_t d = 0; d < K; ++d) {
         const P s0 = load_unaligned(S + d * stride), s1 = load_unaligned(S + d * stride + kWidth);
+        if constexpr (asks)
+          FWP_UNROLL for (int j = 0; j < kColumns; j += kLine) __builtin_prefetch(S + d * stride + ahead + j, 0, 2);
         FWP_UNROLL for (int r = 0; r < R; ++r) {
           const P x = broadcast(rows[r * ld + d]);
           sum[r][0] += x * s0;

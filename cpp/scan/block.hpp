@@ -141,19 +141,18 @@ struct Block {
 
 // Forward through one block on one tile: from v and the tile S the errors e, what is written u and, if it is asked for,
 // the output o, all [C][columns]; then the tile after the block in S_out, which may be S. A reset clears S itself.
-// RX [2C][columns] is scratch. Rows of the tile are `stride` apart.
+// RX [2C][columns] is scratch. Rows of the tile are `stride` apart; the memory `ahead` numbers after it is asked for.
 template <bool output, class Tile, class Rule, class Decay, int C, class T>
 void advance(const Block<Tile, Rule, Decay, C>& b, const Problem& p, int64_t ld, const T* v, T* S, T* S_out, T* RX,
-             T* e, T* u, T* o, ptrdiff_t stride = Tile::kColumns) {
+             T* e, T* u, T* o, ptrdiff_t stride = Tile::kColumns, ptrdiff_t ahead = 0) {
   using P = typename Tile::P;
   constexpr int W = Tile::kWidth, cols = Tile::kColumns;
+  constexpr int first = Rule::predicts ? 0 : C, end = output ? 2 * C : C;  // rows of keys, then of queries
   b.reset(p, S, stride);
-  if constexpr (Rule::predicts && output)
-    Tile::template read<2 * C>(b.kq_r, ld, p.K, S, RX, stride);
-  else if constexpr (Rule::predicts)
-    Tile::template read<C>(b.kq_r, ld, p.K, S, RX, stride);
-  else if constexpr (output)
-    Tile::template read<C>(b.kq_r + C * ld, ld, p.K, S, RX + C * cols, stride);
+  if (output && ahead != 0)
+    Tile::template read<end - first, true>(b.kq_r + first * ld, ld, p.K, S, RX + first * cols, stride, ahead);
+  else if constexpr (end > first)
+    Tile::template read<end - first>(b.kq_r + first * ld, ld, p.K, S, RX + first * cols, stride);
   for (int j = 0; j < cols; j += W) {
     P R[C] = {}, X[C] = {}, vj[C], ej[C], uj[C], oj[C];
     FWP_UNROLL for (int t = 0; t < C; ++t) {

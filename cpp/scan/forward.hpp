@@ -57,6 +57,7 @@ struct ForwardTiles {
   struct Place {
     T* S;
     int64_t stride;  // from row to row
+    int64_t ahead;   // to the tile of the next head in the caller's memory; 0: none
   };
   const Problem& p;
   const Geometry& g;
@@ -66,12 +67,11 @@ struct ForwardTiles {
   bool direct = in_place(p, g);
 
   bool is_direct(int64_t j) const { return direct && tile_width(p, g, j) == g.columns; }
-
   FWP_PASS Place at(int64_t h, int64_t j) const {
-    if (is_direct(j)) return {tile_of<T>(p.hT, slot, h, g, j), p.hT.k};
+    if (is_direct(j)) return {tile_of<T>(p.hT, slot, h, g, j), p.hT.k, h + 1 < part.head_end ? p.hT.h : 0};
     const int64_t tiles = part.tile_end - part.tile_begin;
     const int64_t i = direct ? 0 : (h - part.head_begin) * tiles + j - part.tile_begin;
-    return {scratch + i * g.ld * g.columns, g.columns};
+    return {scratch + i * g.ld * g.columns, g.columns, 0};
   }
   FWP_PASS void load(int64_t h, int64_t j) const {
     if (!is_direct(j)) load_tile<Tile>(p.h0, slot, h, p, g, j, at(h, j).S);
@@ -97,7 +97,7 @@ bool scan_blocks(const Problem& p, const Geometry& g, const ForwardPart& part, F
       advance<false>(block, p, g.ld, s.v, at.S, at.S, s.RX, s.e, s.u, s.o, at.stride);
       continue;
     }
-    advance<true>(block, p, g.ld, s.v, at.S, at.S, s.RX, s.e, s.u, s.o, at.stride);
+    advance<true>(block, p, g.ld, s.v, at.S, at.S, s.RX, s.e, s.u, s.o, at.stride, i == 0 ? at.ahead : 0);
     for (int r = 0; r < block.n; ++r)
       copy_out<Tile>(s.o + r * g.columns, width, reinterpret_cast<T*>(head.o.at(t + r)) + first);
   }

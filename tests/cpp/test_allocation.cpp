@@ -84,7 +84,7 @@ TEST_CASE("a call from within a call has memory of its own") {
     Steps steps{8, true};
     int calls = 0;
   } inside;
-  const int64_t T = 20000, H = 2, K = 32;
+  const int64_t T = 8000, H = 1, K = 256;
   const std::vector<float> x(static_cast<size_t>(T * H * K), 0.25f);
   std::vector<float> o(x.size()), alone(x.size());
   fwp::inputs in;
