@@ -30,7 +30,7 @@ constexpr Rule kDelta{true, fwp_delta_fwd, fwp_delta_bwd, fwp_delta_step, fwp_de
 
 // The arrays that every call reads.
 struct Inputs {
-  Array q, k, v, beta, g, h0, cu_seqlens;
+  Array q, k, v, beta, g, h0, cu_seqlens, state_indices;
 
   Inputs(const Rule& rule, py::handle q_, py::handle k_, py::handle v_, py::handle beta_, py::handle g_) {
     q.read("q", q_);
@@ -41,8 +41,9 @@ struct Inputs {
   }
 
   fwp_inputs tensors() const {
-    return {sizeof(fwp_inputs), q.tensor(), k.tensor(),  v.tensor(),
-            beta.tensor(),      g.tensor(), h0.tensor(), cu_seqlens.tensor()};
+    return {sizeof(fwp_inputs), q.tensor(),          k.tensor(),
+            v.tensor(),         beta.tensor(),       g.tensor(),
+            h0.tensor(),        cu_seqlens.tensor(), state_indices.tensor()};
   }
 
   // The sizes of results, once the inputs have been checked.
@@ -54,7 +55,7 @@ struct Inputs {
   DLDataType state_dtype() const { return v.dtype().bits == 64 ? v.dtype() : DLDataType{kDLFloat, 32, 1}; }
   int64_t sequences() const { return cu_seqlens.present() ? cu_seqlens.size(0) - 1 : v.size(0); }
 
-  std::array<Array*, 7> arrays() { return {&q, &k, &v, &beta, &g, &h0, &cu_seqlens}; }
+  std::array<Array*, 8> arrays() { return {&q, &k, &v, &beta, &g, &h0, &cu_seqlens, &state_indices}; }
 };
 
 double number(const char* name, py::handle object) {
@@ -123,7 +124,7 @@ py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py:
                   bool with_checkpoints) {
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state);
-  in.cu_seqlens.read_offsets("cu_seqlens", cu_seqlens);
+  in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
   const fwp_options options = scan_options(scale);
 
   const int64_t elements = check_inputs(in, options);
@@ -161,7 +162,7 @@ py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py:
                    py::handle cu_seqlens, py::handle checkpoints) {
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state);
-  in.cu_seqlens.read_offsets("cu_seqlens", cu_seqlens);
+  in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
   const fwp_options options = scan_options(scale);
   check_inputs(in, options);
 
@@ -190,17 +191,22 @@ py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py:
 
 template <const Rule& rule>
 py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g, py::handle state,
-                py::handle scale, py::handle out) {
+                py::handle state_indices, py::handle scale, py::handle out) {
   Inputs in(rule, q, k, v, beta, g);
+  in.state_indices.read_integers("state_indices", state_indices);
   const fwp_options options{sizeof options, number("scale", scale), nullptr, nullptr};
-  const fwp_inputs checked = in.tensors();
-  size_t bytes = 0;
-  check_scan(rule.step_workspace(&options, &checked, &bytes));
-
   Array S, o;
   S.write("state", state);
   o.write_optional("out", out);
-  if (!o.present()) o.make({in.v.size(0), in.heads(), in.v.size(2)}, in.v.dtype());
+  if (!o.present()) {  // whose shape is known once the inputs have been checked
+    const fwp_inputs checked = in.tensors();
+    size_t bytes = 0;
+    check_scan(rule.step_workspace(&options, &checked, &bytes));
+    int64_t shape[4];
+    std::copy(in.v.shape(), in.v.shape() + in.v.rank(), shape);
+    shape[in.v.rank() - 2] = in.heads();
+    o.make(in.v.rank(), shape, in.v.dtype());
+  }
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
     return rule.step(&options, &inputs, S.tensor(), o.tensor(), nullptr, 0, nullptr);

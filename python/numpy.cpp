@@ -68,7 +68,7 @@ int64_t size_in_bytes(int rank, const int64_t* shape, DLDataType dtype) {
   return static_cast<int64_t>(std::min(bytes, 0x1p62));
 }
 
-int64_t offset(const char* name, py::handle item) {
+int64_t index_of(const char* name, py::handle item) {
   const std::string expected = std::string(name) + ": expected integers";
   const py::object integer =
       PyBool_Check(item.ptr()) ? py::object() : py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()));
@@ -105,7 +105,7 @@ void Array::write_optional(const char* name, py::handle object) {
   if (!object.is_none()) write(name, object);
 }
 
-void Array::read_offsets(const char* name, py::handle object) {
+void Array::read_integers(const char* name, py::handle object) {
   if (object.is_none()) return;
   py::object items = py::reinterpret_borrow<py::object>(object);
   if (is_array(object)) {
@@ -122,10 +122,10 @@ void Array::read_offsets(const char* name, py::handle object) {
   if (PySequence_Check(items.ptr()) == 0 || PyUnicode_Check(items.ptr()) || PyBytes_Check(items.ptr()) ||
       PyObject_TypeCheck(items.ptr(), api().PyArray_Type_))
     raise(FWP_DTYPE_ERROR, std::string(name) + ": expected a sequence of integers, got " + type_name(object));
-  for (const py::handle item : py::reinterpret_borrow<py::sequence>(items)) offsets_.push_back(offset(name, item));
+  for (const py::handle item : py::reinterpret_borrow<py::sequence>(items)) integers_.push_back(index_of(name, item));
   object_ = std::move(items);
-  shape_[0] = static_cast<int64_t>(offsets_.size());
-  tensor_ = {offsets_.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, shape_, nullptr, 0};
+  shape_[0] = static_cast<int64_t>(integers_.size());
+  tensor_ = {integers_.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, shape_, nullptr, 0};
 }
 
 void Array::make(int rank, const int64_t* shape, DLDataType dtype) {

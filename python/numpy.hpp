@@ -26,8 +26,8 @@ class Array {
   // None: absent.
   void read_optional(const char* name, pybind11::handle object);
   void write_optional(const char* name, pybind11::handle object);
-  // Offsets: an integer array, or any sequence of integers; None: absent.
-  void read_offsets(const char* name, pybind11::handle object);
+  // An integer array, or any sequence of integers; None: absent.
+  void read_integers(const char* name, pybind11::handle object);
 
   // New memory in C order.
   void make(int rank, const int64_t* shape, DLDataType dtype);
@@ -53,7 +53,7 @@ class Array {
   pybind11::object object_;
   pybind11::object original_;  // what object_ was before make_contiguous
   bool writable_ = false;
-  std::vector<int64_t> offsets_;
+  std::vector<int64_t> integers_;
   DLTensor tensor_;
   int64_t shape_[kMaxRank];
   int64_t strides_[kMaxRank];

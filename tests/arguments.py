@@ -16,10 +16,11 @@ GRADIENTS = dict(zip(("q", "k", "v", "beta", "g", "initial_state"), fwp.Gradient
 
 @dataclass(frozen=True)
 class Function:
-    """A function of the library and the kind of its arguments: scan, backward or step."""
+    """A function of the library, the kind of its arguments (scan, backward, step), whether they have a T."""
 
     call: object
     kind: str
+    time: bool = True
 
     @property
     def needs_beta(self):
@@ -48,15 +49,14 @@ class Function:
 
 
 FUNCTIONS = {
-    f.call.__name__: f
-    for f in (
-        Function(fwp.linear_attention, "scan"),
-        Function(fwp.delta_rule, "scan"),
-        Function(fwp.linear_attention_backward, "backward"),
-        Function(fwp.delta_rule_backward, "backward"),
-        Function(fwp.linear_attention_step, "step"),
-        Function(fwp.delta_rule_step, "step"),
-    )
+    "linear_attention": Function(fwp.linear_attention, "scan"),
+    "delta_rule": Function(fwp.delta_rule, "scan"),
+    "linear_attention_backward": Function(fwp.linear_attention_backward, "backward"),
+    "delta_rule_backward": Function(fwp.delta_rule_backward, "backward"),
+    "linear_attention_step": Function(fwp.linear_attention_step, "step", time=False),
+    "delta_rule_step": Function(fwp.delta_rule_step, "step", time=False),
+    "linear_attention_steps": Function(fwp.linear_attention_step, "step"),
+    "delta_rule_steps": Function(fwp.delta_rule_step, "step"),
 }
 
 
@@ -65,7 +65,7 @@ def good(function, dtype=np.float32, channel=False, sizes=SIZES, heads=None):
     B, T, H, K, V = sizes
     Hq, Hk, Hv = heads or (H, H, H)
     rng = np.random.default_rng(0)
-    time = () if function.kind == "step" else (T,)
+    time = (T,) if function.time else ()
     shapes = {
         "q": (B, *time, Hq, K),
         "k": (B, *time, Hk, K),

@@ -269,7 +269,7 @@ def test_a_step_costs_microseconds():
         for _ in range(20):
             fwp.delta_rule_step(q, k, v, beta, state=state, out=out)
         best = min(best, (time.perf_counter() - start) / 20)
-    # About 3 microseconds on a machine of 2024; a conversion in Python, or a lock taken, would cost far more.
+    # About 2 microseconds on a machine of 2024; a conversion in Python, or a lock taken, would cost far more.
     assert best < 20e-6
 
 

@@ -38,7 +38,7 @@ def struct(name, *fields):
     return type(name, (c.Structure,), {"_fields_": [("struct_size", c.c_size_t), *pointers]})
 
 
-Inputs = struct("Inputs", "q", "k", "v", "beta", "g", "h0", "cu_seqlens")
+Inputs = struct("Inputs", "q", "k", "v", "beta", "g", "h0", "cu_seqlens", "state_indices")
 Outputs = struct("Outputs", "o", "hT", "checkpoints")
 Gradients = struct("Gradients", "dq", "dk", "dv", "dbeta", "dg", "dh0")
 Cotangents = struct("Cotangents", "d_o", "d_hT", "checkpoints")
@@ -224,6 +224,16 @@ def test_fields_beyond_struct_size_are_absent(program):
     program.inputs.h0 = None
     program.inputs.struct_size = c.sizeof(Inputs)
     assert np.array_equal(program.result(), without)
+
+    # A program built before there were slots does not know the field, and what lies there is not read.
+    program.inputs.state_indices = c.cast(c.c_void_p(1), c.POINTER(Tensor))
+    program.inputs.struct_size = Inputs.state_indices.offset
+    assert np.array_equal(program.result(), without)
+
+
+def test_slots_are_for_steps(program):
+    program.inputs.state_indices = c.pointer(tensor(np.array([0])))
+    program.refused("ArgumentError", "state_indices: expected NULL outside of a step")
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "beta"])

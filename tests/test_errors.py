@@ -43,6 +43,7 @@ def test_errors_can_be_pickled(name):
 
 delta, linear = FUNCTIONS["delta_rule"], FUNCTIONS["linear_attention"]
 backward, step = FUNCTIONS["delta_rule_backward"], FUNCTIONS["delta_rule_step"]
+steps = FUNCTIONS["delta_rule_steps"]
 
 
 def zeros(*shape, dtype=np.float32):
@@ -113,7 +114,14 @@ SHAPE = {
     ),
     "cu_seqlens: expected at least one offset, got none": (delta, packed(cu_seqlens=[])),
     "cu_seqlens: expected shape (N+1,), got (1, 2)": (delta, packed(cu_seqlens=np.array([[0, 6]]))),
-    "q: expected shape (B, Hq, K), got (2, 3, 5, 4)": (step, {"q": zeros(2, 3, 5, 4)}),
+    "q: expected shape (B, Hq, K) or (B, T, Hq, K), got (5, 4)": (step, {"q": zeros(5, 4)}),
+    "k: expected shape (B=2, T=3, Hk, K=4), got (2, 5, 4)": (step, {"q": zeros(2, 3, 5, 4)}),
+    "beta: expected shape (B=2, T=3, H=5), got (2, 5)": (steps, {"beta": zeros(2, 5)}),
+    "state_indices: expected shape (B=2,), got (3,)": (step, {"state_indices": [0, 1, -1]}),
+    "state: expected shape (S, H=5, K=4, V=6), got (7, 4, 4, 6)": (
+        step,
+        {"state": zeros(7, 4, 4, 6), "state_indices": [0, 2]},
+    ),
     "g: expected shape (B=2, H=5) or (B=2, H=5, K=4), got (2, 3, 5)": (step, {"g": zeros(2, 3, 5)}),
     "state: expected shape (B=2, H=5, K=4, V=6), got (2, 5, 4, 5)": (step, {"state": zeros(2, 5, 4, 5)}),
     "out: expected shape (B=2, H=5, V=6), got (2, 6, 5)": (step, {"out": zeros(2, 6, 5)}),
@@ -144,6 +152,7 @@ DTYPE = {
     "scale: expected a number, got NoneType": (step, {"scale": None}),
     "cu_seqlens: expected a sequence of integers, got float": (delta, packed(cu_seqlens=6.0)),
     "cu_seqlens: expected a sequence of integers, got str": (delta, packed(cu_seqlens="06")),
+    "state_indices: expected integers, got float": (step, {"state_indices": [0, 1.0]}),
     "cu_seqlens: expected integers, got float": (delta, packed(cu_seqlens=[0, 6.0])),
     "cu_seqlens: expected integers, got bool": (delta, packed(cu_seqlens=[False, 6])),
     "cu_seqlens: expected integers, got dtype float64": (delta, packed(cu_seqlens=np.array([0.0, 6.0]))),
@@ -155,6 +164,8 @@ DTYPE = {
 }
 
 ARGUMENT = {
+    "state_indices: expected slots from 0 to S-1=1, or -1 for none, got 2": (step, {"state_indices": [0, 2]}),
+    "state_indices: expected every slot at most once, got 1 twice": (step, {"state_indices": [1, 1]}),
     "q: expected strides that are multiples of the item size of 4 bytes, got 6 bytes along axis 3": (
         delta,
         {"q": by_bytes(zeros(1000), (2, 3, 5, 4), (360, 120, 24, 6))},

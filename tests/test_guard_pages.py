@@ -20,7 +20,7 @@ TIMES = (1, 5, 6, 7, 13)
 
 
 def check_case(case, side):
-    """Forward, backward and one step, with every array of theirs guarded, outputs filled with NaN."""
+    """Forward, backward and steps, with every array of theirs guarded, outputs filled with NaN."""
 
     def output(x):
         return None if x is None else guarded(np.full_like(x, np.nan), side)
@@ -36,14 +36,30 @@ def check_case(case, side):
     assert_gradients_bits_equal(grads, expected_gradients)
 
     if case.cu_seqlens is None:
-        token = [None if x is None else x[:, 0].copy() for x in case.inputs]
-        state, o = case.initial_state.copy(), case.do[:, 0].copy()
-        STEP[case.rule](*token, state=state, out=o)
-        guarded_state, guarded_o = guarded(case.initial_state, side), output(o)
-        token = [None if x is None else guarded(x, side) for x in token]
-        STEP[case.rule](*token, state=guarded_state, out=guarded_o)
-        assert_bits_equal(guarded_o, o)
-        assert_bits_equal(guarded_state, state)
+        check_step(case, [None if x is None else x[:, 0].copy() for x in case.inputs], side)
+        check_step(case, case.inputs, side)
+
+
+def check_step(case, tokens, side):
+    """The whole batch, then its last sequence alone in the last slot."""
+    state, o = (
+        case.initial_state.copy(),
+        np.full_like(case.do if tokens[0].ndim == 4 else case.do[:, 0], np.nan),
+    )
+    guarded_o = guarded(o, side)
+    o = STEP[case.rule](*tokens, state=state)
+    guarded_state = guarded(case.initial_state, side)
+    tokens = [None if x is None else guarded(x, side) for x in tokens]
+    STEP[case.rule](*tokens, state=guarded_state, out=guarded_o)
+    assert_bits_equal(guarded_o, o)
+    assert_bits_equal(guarded_state, state)
+
+    guarded_state = guarded(case.initial_state, side)
+    slots = guarded(np.array([-1] * (len(state) - 1) + [len(state) - 1], np.int32), side)
+    STEP[case.rule](*tokens, state=guarded_state, state_indices=slots, out=guarded_o)
+    assert_bits_equal(guarded_o[-1], o[-1])
+    assert_bits_equal(guarded_state[-1], state[-1])
+    assert_bits_equal(guarded_state[:-1], case.initial_state[:-1])
 
 
 def sweep(level):

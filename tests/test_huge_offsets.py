@@ -33,11 +33,13 @@ def check_case(case, axis, stride):
     assert_gradients_bits_equal(grads, expected_gradients)
 
 
-def check_step(case, axis, stride):
-    token = [None if x is None else np.ascontiguousarray(x[:, 0]) for x in case.inputs]
-    state, o = case.initial_state.copy(), np.empty_like(case.do[:, 0])
+def check_step(case, axis, stride, tokens):
+    token = [None if x is None else np.ascontiguousarray(x[:, tokens]) for x in case.inputs]
+    state, o = case.initial_state.copy(), np.empty_like(case.do[:, tokens])
     STEP[case.rule](*token, state=state, out=o)
-    far_state, far_o = (spread(x, axis, stride) for x in (case.initial_state, np.full_like(o, np.nan)))
+    # States have no time axis: their axis 1 are the heads.
+    far_state = spread(case.initial_state, min(axis, 1), stride)
+    far_o = spread(np.full_like(o, np.nan), axis, stride)
     token = [None if x is None else spread(x, axis, stride) for x in token]
     STEP[case.rule](*token, state=far_state, out=far_o)
     assert_bits_equal(far_o, o)
@@ -52,8 +54,8 @@ def sweep(level, axis_name):
                 for decay in DECAYS:
                     case = make_case(rule, decay, B=3, T=3, heads=(3, 3, 3), K=5, V=18)
                     check_case(case, axis, stride)
-            # States have no time axis: their axis 1 are the heads.
-            check_step(case, min(axis, 1), stride)
+            check_step(case, min(axis, 1), stride, tokens=0)
+            check_step(case, axis, stride, tokens=slice(None))
     print("all found")
 
 

@@ -72,7 +72,7 @@ def source(sdist):
 
 @pytest.fixture(scope="session")
 def build_options(tmp_path_factory):
-    """One build folder for everything that is built from the sdist, and one level: the kernels are compiled once."""
+    """One build folder for all that is built from the sdist, and one level: kernels are compiled once."""
     folder = tmp_path_factory.mktemp("build")
     defines = {"FWP_WERROR": "ON", "FWP_ISA_LEVELS": "base"}
     return [

@@ -1,4 +1,4 @@
-"""One token at a time, for decoding: the state is updated in place."""
+"""One token at a time, or a few, for decoding: the state is updated in place."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,9 @@ from tolerances import REORDERED, assert_bits_equal, assert_close, relative_erro
 
 import fwp_core as fwp
 
+# Fewer than a block, whole blocks and more, up to what is done in place, and beyond.
+TOKENS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 24, 25, 60)
+
 all_scans = pytest.mark.parametrize(("rule", "decay"), [(rule, decay) for rule in RULES for decay in DECAYS])
 
 
@@ -16,6 +19,11 @@ def step(case, t, state, **options):
     """Token t of the case."""
     token = [None if x is None else x[:, t] for x in case.inputs]
     return STEP[case.rule](*token, state=state, scale=case.scale, **options)
+
+
+def steps(case, state, **options):
+    """All tokens of the case in one call."""
+    return STEP[case.rule](*case.inputs, state=state, scale=case.scale, **options)
 
 
 def first_state(case):
@@ -33,6 +41,44 @@ def test_step_by_step_is_the_scan(isa, case):
     assert o.dtype == case.v.dtype
     assert_close(o, exact_o, "forward", "o")
     assert_close(state, exact_state, "forward", "state")
+
+
+@given(case=cases(times=TOKENS, lengths=None))
+def test_steps_of_several_tokens_are_the_scan(isa, case):
+    state = first_state(case)
+    o = steps(case, state)
+    exact_o, exact_state = exact_scan(case)
+    assert o.dtype == case.v.dtype
+    assert_close(o, exact_o, "forward", "o")
+    assert_close(state, exact_state, "forward", "state")
+
+
+@all_scans
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_any_number_of_tokens(isa, rule, decay, dtype, tokens):
+    case = make_case(rule, decay, T=tokens, heads=(4, 2, 1), K=17, V=100, dtype=dtype, gate="mixed")
+    state, out = first_state(case), np.full_like(case.do, np.nan)
+    assert steps(case, state, out=out) is out
+    for x, y in zip((out, state), scan(case), strict=True):
+        assert relative_error(x, y) < REORDERED[np.dtype(dtype)]
+
+
+@all_scans
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_time_axis_of_one_changes_no_bit(isa, rule, decay, dtype):
+    case = make_case(rule, decay, T=1, heads=(4, 2, 1), K=17, V=65, dtype=dtype)
+    state, other = first_state(case), first_state(case)
+    assert_bits_equal(steps(case, state), step(case, 0, other)[:, None])
+    assert_bits_equal(state, other)
+
+
+@all_scans
+def test_no_tokens_leave_the_state_alone(isa, rule, decay):
+    case = make_case(rule, decay, T=0, K=9, V=21)
+    state = first_state(case)
+    assert steps(case, state).shape == (2, 0, 2, 21)
+    assert_bits_equal(state, case.initial_state)
 
 
 @all_scans
@@ -67,12 +113,43 @@ def test_out_and_state_are_the_given_arrays(isa, rule, decay):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_states_in_any_layout(isa, layout):
-    """The state is written where it lies, also when its last axis is not contiguous."""
-    case = make_case("delta", "channel", heads=(4, 2, 1), K=9, V=21)
+@pytest.mark.parametrize("tokens", [1, 3, 8, 30])
+@pytest.mark.parametrize("V", [21, 64, 100])
+def test_states_in_any_layout(isa, layout, tokens, V):
+    """The state is written where it lies, whatever its last axis, and gaps are left alone."""
+    case = make_case("delta", "channel", T=tokens, heads=(4, 2, 1), K=9, V=V, gate="reset")
     state, strided = first_state(case), layout(first_state(case))
-    assert_bits_equal(step(case, 0, strided), step(case, 0, state))
+    memory = strided if strided.base is None else strided.base
+    gaps = np.isnan(memory).sum()
+    assert_bits_equal(steps(case, strided), steps(case, state))
     assert_bits_equal(strided, state)
+    assert np.isnan(memory).sum() == gaps
+
+
+@pytest.mark.parametrize("offset", range(1, 17, 3))
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_states_at_any_address(isa, offset, tokens):
+    case = make_case("delta", "scalar", T=tokens, K=9, V=100)
+    state, memory = first_state(case), np.full(case.initial_state.size + 32, np.nan, np.float32)
+    shifted = memory[offset : offset + state.size].reshape(state.shape)
+    shifted[...] = state
+    assert_bits_equal(steps(case, shifted), steps(case, state))
+    assert_bits_equal(shifted, state)
+    assert np.isnan(memory).sum() == 32
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_states_that_lie_apart_between_others(isa, axis):
+    """Every other state, head or row of a larger array; the others keep their bits."""
+    case = make_case("delta", "scalar", T=5, K=9, V=100)
+    state = first_state(case)
+    larger = np.random.default_rng(1).standard_normal(np.insert(state.shape, axis, 2)).astype(np.float32)
+    kept = larger.take(0, axis).copy()
+    view = np.moveaxis(larger, axis, 0)[1][(slice(None),) * axis + (slice(None, None, -1),)]
+    view[...] = state
+    assert_bits_equal(steps(case, view), steps(case, state))
+    assert_bits_equal(view, state)
+    assert_bits_equal(larger.take(0, axis), kept)
 
 
 @pytest.mark.parametrize("layout", [every_other, reversed_axes, strided_last_axis])
@@ -86,20 +163,21 @@ def test_tokens_in_any_layout(isa, layout):
     assert_bits_equal(other, state)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 7])
 @all_scans
-def test_threads_and_batch_do_not_matter(isa, rule, decay):
-    case = make_case(rule, decay, B=6, heads=(8, 4, 8), K=64, V=130)
+def test_threads_and_batch_do_not_matter(isa, rule, decay, tokens):
+    case = make_case(rule, decay, B=6, T=tokens, heads=(8, 4, 8), K=64, V=130)
     states, outputs = [], []
     for threads in range(1, 9):
         with fwp.threads(threads):
             states.append(first_state(case))
-            outputs.append(step(case, 0, states[-1]))
+            outputs.append(steps(case, states[-1]))
     for state, o in zip(states[1:], outputs[1:], strict=True):
         assert_bits_equal(state, states[0])
         assert_bits_equal(o, outputs[0])
     alone = case.map(lambda x: x[4:5])
     state = first_state(alone)
-    assert_bits_equal(step(alone, 0, state), outputs[0][4:5])
+    assert_bits_equal(steps(alone, state), outputs[0][4:5])
     assert_bits_equal(state, states[0][4:5])
 
 
@@ -124,10 +202,12 @@ def test_a_reset_clears_the_state(isa):
 @all_scans
 def test_zero_sizes(rule, decay, name):
     case = make_case(rule, decay, **{name: (0, 0, 0) if name == "heads" else 0})
-    state = first_state(case)
-    o = step(case, 0, state)
-    assert o.shape == case.do[:, 0].shape
-    assert not np.any(o)
+    for o, like in (
+        (step(case, 0, first_state(case)), case.do[:, 0]),
+        (steps(case, first_state(case)), case.do),
+    ):
+        assert o.shape == like.shape
+        assert not np.any(o)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -1,4 +1,6 @@
 // The C ABI: every scan is check, take scratch memory, run.
+#include <utility>
+
 #include "../cpu/dispatch.hpp"
 #include "error.hpp"
 #include "memory.hpp"
@@ -8,13 +10,46 @@ namespace fwp::core {
 namespace {
 
 using Kernel = bool (*)(const Problem&, void* workspace);
+using Query = size_t (*)(const Problem&);
+
+// The library's own workspace. A thread keeps a small one from call to call, so that steps take no memory but once;
+// while it is in use, a call from within a call (from the interrupt callback) takes another.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) {
+    if (bytes <= kMostKept) piece_ = std::exchange(kept, {});
+    if (bytes > piece_.bytes) piece_ = {Memory(allocate(bytes)), bytes};
+  }
+  ~Workspace() {
+    if (piece_.bytes <= kMostKept && piece_.bytes >= kept.bytes) kept = std::move(piece_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* data() const { return piece_.memory.get(); }
+
+ private:
+  struct Piece {
+    Memory memory;
+    size_t bytes = 0;
+  };
+  static constexpr size_t kMostKept = size_t{1} << 19;
+  static thread_local Piece kept;
+
+  Piece piece_;
+};
+thread_local Workspace::Piece Workspace::kept;
+
+size_t workspace_of(const Call& call, Query query) { return call.slot_bytes() + query(call.problem); }
 
 void run(Call& call, Kernel kernel, size_t needed, void* workspace, size_t workspace_bytes, void* stream) {
   if (stream != nullptr) fail(FWP_ARGUMENT_ERROR, "stream: expected NULL for CPU tensors, got a stream");
   if (workspace != nullptr) call.add_workspace(workspace, workspace_bytes, needed);
   call.check_memory();
-  const Memory own(workspace == nullptr && needed > 0 ? allocate(needed) : nullptr);
-  if (!kernel(call.problem, workspace != nullptr ? workspace : own.get())) fail(FWP_INTERRUPTED, "interrupted");
+  const Workspace own(workspace == nullptr ? needed : 0);
+  char* const memory = static_cast<char*>(workspace != nullptr ? workspace : own.data());
+  call.read_slots(memory);
+  if (!kernel(call.problem, memory + call.slot_bytes())) fail(FWP_INTERRUPTED, "interrupted");
 }
 
 int forward(Rule rule, const fwp_options* options, const fwp_inputs* inputs, const fwp_outputs* outputs,
@@ -22,7 +57,7 @@ int forward(Rule rule, const fwp_options* options, const fwp_inputs* inputs, con
   return guarded([&] {
     Call call(rule, false, options, inputs);
     call.add_outputs(outputs);
-    run(call, cpu::forward, cpu::forward_workspace(call.problem), workspace, workspace_bytes, stream);
+    run(call, cpu::forward, workspace_of(call, cpu::forward_workspace), workspace, workspace_bytes, stream);
   });
 }
 
@@ -32,7 +67,7 @@ int backward(Rule rule, const fwp_options* options, const fwp_inputs* inputs, co
     Call call(rule, false, options, inputs);
     call.add_cotangents(cotangents);
     call.add_gradients(gradients);
-    run(call, cpu::backward, cpu::backward_workspace(call.problem), workspace, workspace_bytes, stream);
+    run(call, cpu::backward, workspace_of(call, cpu::backward_workspace), workspace, workspace_bytes, stream);
   });
 }
 
@@ -41,7 +76,7 @@ int step(Rule rule, const fwp_options* options, const fwp_inputs* inputs, const 
   return guarded([&] {
     Call call(rule, true, options, inputs);
     call.add_step_outputs(state, o);
-    run(call, cpu::forward, cpu::forward_workspace(call.problem), workspace, workspace_bytes, stream);
+    run(call, cpu::forward, workspace_of(call, cpu::forward_workspace), workspace, workspace_bytes, stream);
   });
 }
 
@@ -51,9 +86,9 @@ Number& result(const char* name, Number* pointer) {
   return *pointer;
 }
 
-int workspace(size_t (*query)(const Problem&), Rule rule, bool step, const fwp_options* options,
-              const fwp_inputs* inputs, size_t* bytes) noexcept {
-  return guarded([&] { result("bytes", bytes) = query(Call(rule, step, options, inputs).problem); });
+int workspace(Query query, Rule rule, bool step, const fwp_options* options, const fwp_inputs* inputs,
+              size_t* bytes) noexcept {
+  return guarded([&] { result("bytes", bytes) = workspace_of(Call(rule, step, options, inputs), query); });
 }
 
 }  // namespace

@@ -167,14 +167,18 @@ Tensor read_tensor(const char* name, const DLTensor* tensor, std::initializer_li
   return x;
 }
 
-Tensor read_offsets(const char* name, const DLTensor* tensor, bool* wide) {
+int64_t Integers::at(int64_t i) const {
+  const int64_t at = i * tensor.stride[0];
+  return wide ? reinterpret_cast<const int64_t*>(tensor.data)[at] : reinterpret_cast<const int32_t*>(tensor.data)[at];
+}
+
+Integers read_integers(const char* name, const DLTensor* tensor, Axis axis) {
   check_present(name, tensor);
   const DLDataType& dtype = tensor->dtype;
   if (dtype.code != kDLInt || (dtype.bits != 32 && dtype.bits != 64) || dtype.lanes != 1)
     fail(FWP_DTYPE_ERROR, name, ": expected dtype int32 or int64, got ", text(dtype));
-  check_shape(name, *tensor, {{{"N+1"}}});
-  *wide = dtype.bits == 64;
-  return read_memory(name, *tensor, dtype.bits / 8);
+  check_shape(name, *tensor, {{axis}});
+  return {read_memory(name, *tensor, dtype.bits / 8), dtype.bits == 64};
 }
 
 }  // namespace fwp::core

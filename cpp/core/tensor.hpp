@@ -41,8 +41,14 @@ struct Tensor {
 // A tensor of one of the given dtypes and of one of the given shapes.
 Tensor read_tensor(const char* name, const DLTensor* tensor, std::initializer_list<DType> dtypes,
                    std::initializer_list<Axes> shapes);
-// An int32 or int64 tensor of one axis; wide says which.
-Tensor read_offsets(const char* name, const DLTensor* tensor, bool* wide);
+// An int32 or int64 tensor of one axis.
+struct Integers {
+  Tensor tensor;
+  bool wide = false;  // int64
+  int64_t count() const { return tensor.shape[0]; }
+  int64_t at(int64_t i) const;
+};
+Integers read_integers(const char* name, const DLTensor* tensor, Axis axis);
 
 // Fails unless the product of the sizes, zeros counted as one, is at most kMaxElements.
 void check_count(const char* name, const int64_t* sizes, int rank);

@@ -67,28 +67,32 @@ Call::Call(Rule rule, bool step, const fwp_options* options, const fwp_inputs* i
   p.threads = cpu::get_num_threads();
   if (!step) p.interrupt = {settings.interrupt, settings.interrupt_data};
 
-  p.T = step ? 1 : -1;
   read_heads(in);
   read_gates(in);
   p.N = batch_;
   if (step) {
     check_absent("h0", in.h0, "in a step, whose state is an argument of its own");
     check_absent("cu_seqlens", in.cu_seqlens, "in a step");
+    if (in.state_indices != nullptr) slots_ = read_integers("state_indices", in.state_indices, {"B", batch_});
   } else {
+    check_absent("state_indices", in.state_indices, "outside of a step");
     if (in.cu_seqlens != nullptr) read_sequences(in.cu_seqlens);
     if (in.h0 != nullptr) p.h0 = read_states("h0", in.h0, Access::read);
   }
   check_sizes();
 }
 
-// q decides the dtype and the sizes B, T, K that k and v must have.
+// q decides the dtype and the sizes B, T, K that k and v must have, and in a step whether there is a T axis.
 void Call::read_heads(const fwp_inputs& in) {
   Problem& p = problem;
+  const std::initializer_list<DType> dtypes{DType::f32, DType::f64, DType::f16, DType::bf16};
+  const Axes tokens{{"B"}, {"T"}, {"Hq"}, {"K"}}, token{{"B"}, {"Hq"}, {"K"}};
   const Tensor q =
-      read("q", in.q, {DType::f32, DType::f64, DType::f16, DType::bf16}, {axes({"Hq"}, {"K"})}, Access::read);
+      p.step ? read("q", in.q, dtypes, {token, tokens}, Access::read) : read("q", in.q, dtypes, {tokens}, Access::read);
   p.dtype = q.dtype;
   batch_ = q.shape[0];
-  if (!p.step) p.T = q.shape[1];
+  has_time_ = q.rank == tokens.rank;
+  p.T = has_time_ ? q.shape[1] : 1;
   p.K = q.shape[q.rank - 1];
   const Tensor k = read("k", in.k, p.dtype, axes({"Hk"}, {"K", p.K}), Access::read);
   const Tensor v = read("v", in.v, p.dtype, axes({"Hv"}, {"V"}), Access::read);
@@ -198,9 +202,10 @@ Tensor Call::read(const char* name, const DLTensor* tensor, DType dtype, const A
 
 States Call::read_states(const char* name, const DLTensor* tensor, Access access) {
   const Problem& p = problem;
-  const Axes axes{{p.step ? "B" : "N", p.N}, {"H", p.H}, {"K", p.K}, {"V", p.V}};
-  const Tensor x = read(name, tensor, accumulation(p.dtype), axes, access);
+  const Axis first = has_slots() ? Axis{"S"} : Axis{p.step ? "B" : "N", p.N};
+  const Tensor x = read(name, tensor, accumulation(p.dtype), {first, {"H", p.H}, {"K", p.K}, {"V", p.V}}, access);
   need_contiguous_last_axis(x);
+  slot_count_ = x.shape[0];
   return {x.data, x.stride[0], x.stride[1], x.stride[2]};
 }
 
@@ -213,26 +218,50 @@ void* Call::read_checkpoints(const DLTensor* tensor, Access access) {
 
 void Call::read_sequences(const DLTensor* cu_seqlens) {
   const char* const name = "cu_seqlens";
-  bool wide = false;
-  const Tensor x = read_offsets(name, cu_seqlens, &wide);
-  add_region(x.region, Access::read);
-  if (x.shape[0] == 0) fail(FWP_SHAPE_ERROR, name, ": expected at least one offset, got none");
+  const Integers given = read_integers(name, cu_seqlens, {"N+1"});
+  if (given.count() == 0) fail(FWP_SHAPE_ERROR, name, ": expected at least one offset, got none");
   if (batch_ != 1) fail(FWP_ARGUMENT_ERROR, name, ": expected B=1 for packed sequences, got B=", batch_);
 
   // Copied first and checked then, so that nobody can change a value between check and use.
-  offsets_.resize(static_cast<size_t>(x.shape[0]));
-  for (size_t n = 0; n < offsets_.size(); ++n) {
-    const int64_t at = static_cast<int64_t>(n) * x.stride[0];
-    offsets_[n] = wide ? reinterpret_cast<const int64_t*>(x.data)[at] : reinterpret_cast<const int32_t*>(x.data)[at];
-  }
+  offsets_.resize(static_cast<size_t>(given.count()));
+  for (size_t n = 0; n < offsets_.size(); ++n) offsets_[n] = given.at(static_cast<int64_t>(n));
   if (offsets_.front() != 0) fail(FWP_ARGUMENT_ERROR, name, ": expected it to start with 0, got ", offsets_.front());
   const auto fall = std::adjacent_find(offsets_.begin(), offsets_.end(), std::greater<>());
   if (fall != offsets_.end())
     fail(FWP_ARGUMENT_ERROR, name, ": expected offsets that never fall, got ", fall[0], " before ", fall[1]);
   if (offsets_.back() != problem.T)
     fail(FWP_ARGUMENT_ERROR, name, ": expected it to end with T=", problem.T, ", got ", offsets_.back());
-  problem.N = x.shape[0] - 1;
+  problem.N = given.count() - 1;
   problem.cu_seqlens = offsets_.data();
+}
+
+Integers Call::read_integers(const char* name, const DLTensor* tensor, Axis axis) {
+  const Integers given = core::read_integers(name, tensor, axis);
+  add_region(given.tensor.region, Access::read);
+  return given;
+}
+
+// The slots, and once more in order, where one that is given twice meets itself.
+size_t Call::slot_bytes() const {
+  const size_t bytes = has_slots() ? 2 * static_cast<size_t>(slots_.count()) * sizeof(int64_t) : 0;
+  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
+void Call::read_slots(void* memory) {
+  if (!has_slots()) return;
+  const char* const name = "state_indices";
+  int64_t *const slots = static_cast<int64_t*>(memory), *const sorted = slots + slots_.count();
+  int64_t* const end = sorted + slots_.count();
+  for (int64_t n = 0; n < slots_.count(); ++n) {
+    slots[n] = sorted[n] = slots_.at(n);
+    if (slots[n] != kNoSlot && (slots[n] < 0 || slots[n] >= slot_count_))
+      fail(FWP_ARGUMENT_ERROR, name, ": expected slots from 0 to S-1=", slot_count_ - 1, ", or ", kNoSlot,
+           " for none, got ", slots[n]);
+  }
+  std::sort(sorted, end);
+  const int64_t* const twice = std::adjacent_find(std::upper_bound(sorted, end, kNoSlot), end);
+  if (twice != end) fail(FWP_ARGUMENT_ERROR, name, ": expected every slot at most once, got ", *twice, " twice");
+  problem.state_indices = slots;
 }
 
 // Every size that a kernel may compute is bounded here, also where stride 0 makes a huge array of a few bytes.
@@ -245,7 +274,7 @@ void Call::check_sizes() const {
 }
 
 Axes Call::axes(Axis heads) const {
-  if (problem.step) return {{"B", batch_}, heads};
+  if (!has_time_) return {{"B", batch_}, heads};
   return {{"B", batch_}, {"T", problem.T}, heads};
 }
 
@@ -256,13 +285,13 @@ Axes Call::axes(Axis heads, Axis size) const {
 }
 
 Rows Call::rows(const Tensor& x) {
-  const int head = problem.step ? 1 : 2;
+  const int head = has_time_ ? 2 : 1;
   if (x.rank == head + 2) need_contiguous_last_axis(x);
   Rows rows;
   rows.data = x.data;
   rows.dtype = x.dtype;
   rows.b = x.stride[0];
-  rows.t = problem.step ? 0 : x.stride[1];
+  rows.t = has_time_ ? x.stride[1] : 0;
   rows.h = x.stride[head];
   rows.group = x.shape[head] > 0 ? problem.H / x.shape[head] : 1;
   return rows;

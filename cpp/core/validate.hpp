@@ -21,7 +21,7 @@ constexpr size_t kWorkspaceAlignment = 64;
 class Call {
  public:
   Call(Rule rule, bool step, const fwp_options* options, const fwp_inputs* inputs);
-  Call(const Call&) = delete;  // problem points into offsets_
+  Call(const Call&) = delete;  // problem points into offsets_ and the memory of read_slots
   Call& operator=(const Call&) = delete;
 
   void add_outputs(const fwp_outputs* outputs);
@@ -33,6 +33,11 @@ class Call {
   // No output overlaps anything; then, last of all, every last axis is contiguous. A caller that can copy may thus
   // take FWP_UNSUPPORTED_ERROR to mean that copies with a contiguous last axis would be accepted.
   void check_memory() const;
+
+  // The slots of a step's sequences are copied into memory of the caller and checked there, so that nobody can change
+  // one between check and use. To be called after check_memory; a wrong value throws Error.
+  size_t slot_bytes() const;
+  void read_slots(void* memory);
 
   Problem problem;
 
@@ -48,17 +53,22 @@ class Call {
   States read_states(const char* name, const DLTensor* tensor, Access access);
   void* read_checkpoints(const DLTensor* tensor, Access access);
   void read_sequences(const DLTensor* cu_seqlens);
+  bool has_slots() const { return slots_.tensor.data != nullptr; }
+  Integers read_integers(const char* name, const DLTensor* tensor, Axis axis);
   void check_sizes() const;
 
-  Axes axes(Axis heads) const;             // [B,T,heads], a step leaves T out
+  Axes axes(Axis heads) const;             // [B,T,heads], or [B,heads] in a step of a single token
   Axes axes(Axis heads, Axis size) const;  // [B,T,heads,size]
   Rows rows(const Tensor& x);
   void add_region(const Region& region, Access access);
   void need_contiguous_last_axis(const Tensor& x);
 
+  bool has_time_ = true;
   int64_t batch_ = -1;
   int64_t q_heads_ = 0, k_heads_ = 0, v_heads_ = 0;
   std::vector<int64_t> offsets_;
+  Integers slots_;
+  int64_t slot_count_ = 0;  // of the states
   std::array<Region, kMaxRegions> regions_;
   std::array<Access, kMaxRegions> access_;
   size_t region_count_ = 0;

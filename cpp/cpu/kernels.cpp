@@ -62,15 +62,16 @@ int64_t at_most(int64_t n, int64_t most) { return n > most ? most : n; }
 template <class Tile>
 Geometry cut(const Problem& p) {
   Geometry g;
-  g.block = p.step ? 1 : kBlock;
+  g.block = p.step && p.T == 1 ? 1 : kBlock;
   g.ld = round_up(p.K, Tile::kWidth);
   g.columns = Tile::kColumns;
   g.tiles = (p.V + g.columns - 1) / g.columns;
-  g.chunk = p.step ? 1 : kChunkBlocks * kBlock;
+  g.chunk = kChunkBlocks * kBlock;
+  if (p.step) g.chunk = at_most(round_up(at_least(p.T, 1), g.block), g.chunk);
   const int64_t longest = round_up(at_least(longest_sequence(p), 1), g.chunk);
   // A checkpoint is K V numbers: one every K tokens costs V per token, whatever K and V. Longer segments would take
-  // less memory, but backward slows down when the states and rows of one do not fit into the second-level cache. Rows of
-  // halves take half the room, and a checkpoint weighs twice as much beside them.
+  // less memory, but backward slows down when the states and rows of one do not fit into the second-level cache. Rows
+  // of halves take half the room, and a checkpoint weighs twice as much beside them.
   const int64_t tokens = item_size(p.dtype) == 2 ? 2 * g.ld : g.ld;
   g.segment = at_most(round_up(at_least(tokens, 2 * g.chunk), g.chunk), longest);
   // Enough work between two barriers, but partial gradients of usual sizes that fit into the caches.
@@ -89,10 +90,10 @@ Geometry geometry(const Problem& p) { return p.dtype == DType::f64 ? cut<Tiles<d
 size_t forward_scratch(const Problem& p, const Geometry& g, int64_t heads, int64_t tiles) {
   return with_types(p, [&](auto tile, auto rule, auto decay) {
     Arena arena(nullptr);
-    if (p.step)
-      (void)ForwardScratch<decltype(tile), decltype(rule), decltype(decay), 1>(arena, g, heads, tiles);
+    if (g.block == 1)
+      (void)ForwardScratch<decltype(tile), decltype(rule), decltype(decay), 1>(arena, p, g, heads, tiles);
     else
-      (void)ForwardScratch<decltype(tile), decltype(rule), decltype(decay), kBlock>(arena, g, heads, tiles);
+      (void)ForwardScratch<decltype(tile), decltype(rule), decltype(decay), kBlock>(arena, p, g, heads, tiles);
     return arena.used();
   });
 }
@@ -107,7 +108,7 @@ size_t backward_scratch(const Problem& p, const Geometry& g, int64_t heads) {
 
 void forward(const Problem& p, const Geometry& g, const ForwardPart& part, void* scratch, const Stop& stop) {
   with_types(p, [&](auto tile, auto rule, auto decay) {
-    if (p.step)
+    if (g.block == 1)
       scan_forward<decltype(tile), decltype(rule), decltype(decay), 1>(p, g, part, scratch, stop);
     else
       scan_forward<decltype(tile), decltype(rule), decltype(decay), kBlock>(p, g, part, scratch, stop);

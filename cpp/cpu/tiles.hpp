@@ -1,6 +1,6 @@
 // The machine as cpp/scan sees it: packs, and the passes over a tile of a state that do all state-sized work. A tile S
 // is [K][kColumns], two packs wide, contiguous and aligned; rows of keys and queries are [.][ld], ld a multiple of the
-// pack.
+// pack. read and write also take a tile where it lies in a caller's state: rows `stride` apart, at any address.
 //
 // The passes stay out of line: inlined into their callers, their loops run 5 % slower (GCC 12).
 //
@@ -22,6 +22,7 @@ struct Tiles {
   static constexpr int kPacks = 2;
   static constexpr int kWidth = kLanes<T>;
   static constexpr int kColumns = kPacks * kWidth;
+  static constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // numbers in a line of the caches
   // Rows whose accumulators fit into the registers beside two packs of the state and one broadcast.
   static constexpr int kRows = kVectorRegisters >= 32 ? 12 : 6;
 
@@ -56,16 +57,20 @@ struct Tiles {
     FWP_UNROLL for (int i = 0; i < n; i += kWidth) store(out + i, sum_each<T>(x + i));
   }
 
-  // out[R][kColumns] = rows[R][K] S
-  template <int R>
-  FWP_PASS static void read(const T* rows, ptrdiff_t ld, int64_t K, const T* S, T* out) {
+  // out[R][kColumns] = rows[R][K] S. asks: fetches the tile that lies `ahead` numbers after S into the second-level
+  // cache meanwhile; steps on states in main memory spend half of their time otherwise waiting.
+  template <int R, bool asks = false>
+  FWP_PASS static void read(const T* rows, ptrdiff_t ld, int64_t K, const T* S, T* out, ptrdiff_t stride = kColumns,
+                            ptrdiff_t ahead = 0) {
     if constexpr (R > kRows) {
-      read<kRows>(rows, ld, K, S, out);
-      read<R - kRows>(rows + kRows * ld, ld, K, S, out + kRows * kColumns);
+      read<kRows, asks>(rows, ld, K, S, out, stride, ahead);
+      read<R - kRows>(rows + kRows * ld, ld, K, S, out + kRows * kColumns, stride);
     } else {
       P sum[R][kPacks] = {};
       for (int64_t d = 0; d < K; ++d) {
-        const P s0 = load(S + d * kColumns), s1 = load(S + d * kColumns + kWidth);
+        const P s0 = load_unaligned(S + d * stride), s1 = load_unaligned(S + d * stride + kWidth);
+        if constexpr (asks)
+          FWP_UNROLL for (int j = 0; j < kColumns; j += kLine) __builtin_prefetch(S + d * stride + ahead + j, 0, 2);
         FWP_UNROLL for (int r = 0; r < R; ++r) {
           const P x = broadcast(rows[r * ld + d]);
           sum[r][0] += x * s0;
@@ -81,10 +86,11 @@ struct Tiles {
 
   // out = diag(A) S + rows[R][K]^T U[R][kColumns]; out may be S. A is not read where nothing decays.
   template <int R, bool decays>
-  FWP_PASS static void write(const T* rows, ptrdiff_t ld, int64_t K, const T* A, const T* U, const T* S, T* out) {
+  FWP_PASS static void write(const T* rows, ptrdiff_t ld, int64_t K, const T* A, const T* U, const T* S, T* out,
+                             ptrdiff_t stride = kColumns) {
     if constexpr (R > kRows) {
-      write<kRows, decays>(rows, ld, K, A, U, S, out);
-      return write<R - kRows, false>(rows + kRows * ld, ld, K, A, U + kRows * kColumns, out, out);
+      write<kRows, decays>(rows, ld, K, A, U, S, out, stride);
+      return write<R - kRows, false>(rows + kRows * ld, ld, K, A, U + kRows * kColumns, out, out, stride);
     }
     P u[R][kPacks];
     FWP_UNROLL for (int r = 0; r < R; ++r) {
@@ -92,7 +98,7 @@ struct Tiles {
       u[r][1] = load(U + r * kColumns + kWidth);
     }
     for (int64_t d = 0; d < K; ++d) {
-      P s0 = load(S + d * kColumns), s1 = load(S + d * kColumns + kWidth);
+      P s0 = load_unaligned(S + d * stride), s1 = load_unaligned(S + d * stride + kWidth);
       if constexpr (decays) {
         const P a = broadcast(A[d]);
         s0 *= a;
@@ -103,17 +109,18 @@ struct Tiles {
         s0 += x * u[r][0];
         s1 += x * u[r][1];
       }
-      store(out + d * kColumns, s0);
-      store(out + d * kColumns + kWidth, s1);
+      store_unaligned(out + d * stride, s0);
+      store_unaligned(out + d * stride + kWidth, s1);
     }
   }
 
-  // The first n rows only, 0 < n <= C, with the same sums in the same order.
+  // The first n rows only, 0 < n <= C.
   template <int C, bool decays>
-  static void write_some(int n, const T* rows, ptrdiff_t ld, int64_t K, const T* A, const T* U, const T* S, T* out) {
-    if (n == C) return write<C, decays>(rows, ld, K, A, U, S, out);
-    write<1, decays>(rows, ld, K, A, U, S, out);
-    for (int r = 1; r < n; ++r) write<1, false>(rows + r * ld, ld, K, A, U + r * kColumns, out, out);
+  static void write_some(int n, const T* rows, ptrdiff_t ld, int64_t K, const T* A, const T* U, const T* S, T* out,
+                         ptrdiff_t stride = kColumns) {
+    if constexpr (C > 1)
+      if (n < C) return write_some<C - 1, decays>(n, rows, ld, K, A, U, S, out, stride);
+    write<C, decays>(rows, ld, K, A, U, S, out, stride);
   }
 
   // out[d] = sum over columns of S[d] * x, for one x [kColumns] and d < ld; S has ld rows.

@@ -71,10 +71,10 @@ struct Block {
   }
 
   // Clears the rows of a tile that the first token resets.
-  void reset(const Problem& p, T* S) const {
+  void reset(const Problem& p, T* S, ptrdiff_t stride = Tile::kColumns) const {
     if (!resets) return;
     for (int64_t d = 0; d < p.K; ++d)
-      if (keep[d] == 0) fill<T>(S + d * Tile::kColumns, Tile::kColumns, 0);
+      if (keep[d] == 0) fill<T>(S + d * stride, Tile::kColumns, 0);
   }
 
  private:
@@ -146,19 +146,18 @@ struct Block {
 
 // Forward through one block on one tile: from v and the tile S the errors e, what is written u and, if it is asked for,
 // the output o, all [C][columns]; then the tile after the block in S_out, which may be S. A reset clears S itself.
-// RX [2C][columns] is scratch.
+// RX [2C][columns] is scratch. Rows of the tile are `stride` apart; the memory `ahead` numbers after it is asked for.
 template <bool output, class Tile, class Rule, class Decay, int C, class T>
 void advance(const Block<Tile, Rule, Decay, C>& b, const Problem& p, int64_t ld, const T* v, T* S, T* S_out, T* RX,
-             T* e, T* u, T* o) {
+             T* e, T* u, T* o, ptrdiff_t stride = Tile::kColumns, ptrdiff_t ahead = 0) {
   using P = typename Tile::P;
   constexpr int W = Tile::kWidth, cols = Tile::kColumns;
-  b.reset(p, S);
-  if constexpr (Rule::predicts && output)
-    Tile::template read<2 * C>(b.kq_r, ld, p.K, S, RX);
-  else if constexpr (Rule::predicts)
-    Tile::template read<C>(b.kq_r, ld, p.K, S, RX);
-  else if constexpr (output)
-    Tile::template read<C>(b.kq_r + C * ld, ld, p.K, S, RX + C * cols);
+  constexpr int first = Rule::predicts ? 0 : C, end = output ? 2 * C : C;  // rows of keys, then of queries
+  b.reset(p, S, stride);
+  if (output && ahead != 0)
+    Tile::template read<end - first, true>(b.kq_r + first * ld, ld, p.K, S, RX + first * cols, stride, ahead);
+  else if constexpr (end > first)
+    Tile::template read<end - first>(b.kq_r + first * ld, ld, p.K, S, RX + first * cols, stride);
   for (int j = 0; j < cols; j += W) {
     P R[C] = {}, X[C] = {}, vj[C], ej[C], uj[C], oj[C];
     FWP_UNROLL for (int t = 0; t < C; ++t) {
@@ -173,7 +172,7 @@ void advance(const Block<Tile, Rule, Decay, C>& b, const Problem& p, int64_t ld,
       if constexpr (output) Tile::store(o + t * cols + j, oj[t]);
     }
   }
-  Tile::template write_some<C, Decay::decays>(b.n, b.k_w, ld, p.K, b.A, u, S, S_out);
+  Tile::template write_some<C, Decay::decays>(b.n, b.k_w, ld, p.K, b.A, u, S, S_out, stride);
 }
 
 }  // namespace

@@ -29,10 +29,10 @@ struct ForwardScratch {
   Head* heads;
   T *S, *v, *RX, *e, *u, *o;
 
-  ForwardScratch(Arena& arena, const Geometry& g, int64_t head_count, int64_t tiles) {
+  ForwardScratch(Arena& arena, const Problem& p, const Geometry& g, int64_t head_count, int64_t tiles) {
     heads = arena.take<Head>(head_count);
     for (int64_t i = 0; i < g.chunk / C; ++i) blocks[i] = Block<Tile, Rule, Decay, C>::take(arena, g.ld);
-    S = arena.take<T>(head_count * tiles * g.ld * g.columns);
+    S = arena.take<T>((in_place(p, g) ? 1 : head_count * tiles) * g.ld * g.columns);
     v = arena.take<T>(C * g.columns);
     RX = arena.take<T>(2 * C * g.columns);
     e = arena.take<T>(C * g.columns);
@@ -56,10 +56,42 @@ int64_t stage_blocks(Block<Tile, Rule, Decay, C>* blocks, int64_t most, const Pr
   return count;
 }
 
+// The tiles of a part while it is scanned: in scratch, or, where a step can work in place, the caller's own. A last
+// tile that is not whole passes through scratch all the same. Out of line, so that the scan around it stays small.
+template <class Tile, class T>
+struct ForwardTiles {
+  struct Place {
+    T* S;
+    int64_t stride;  // from row to row
+    int64_t ahead;   // to the tile of the next head in the caller's memory; 0: none
+  };
+  const Problem& p;
+  const Geometry& g;
+  const ForwardPart& part;
+  T* scratch;
+  int64_t slot = state_slot(p, part.n);
+  bool direct = in_place(p, g);
+
+  bool is_direct(int64_t j) const { return direct && tile_width(p, g, j) == g.columns; }
+  FWP_PASS Place at(int64_t h, int64_t j) const {
+    if (is_direct(j)) return {tile_of<T>(p.hT, slot, h, g, j), p.hT.k, h + 1 < part.head_end ? p.hT.h : 0};
+    const int64_t tiles = part.tile_end - part.tile_begin;
+    const int64_t i = direct ? 0 : (h - part.head_begin) * tiles + j - part.tile_begin;
+    return {scratch + i * g.ld * g.columns, g.columns, 0};
+  }
+  FWP_PASS void load(int64_t h, int64_t j) const {
+    if (!is_direct(j)) load_tile<Tile>(p.h0, slot, h, p, g, j, at(h, j).S);
+  }
+  FWP_PASS void store(int64_t h, int64_t j) const {
+    if (!is_direct(j)) store_tile<Tile>(at(h, j).S, p, g, j, p.hT, slot, h);
+  }
+};
+
 // The staged blocks, from token t on, on one tile; false if the call was stopped.
-template <class Tile, class Rule, class Decay, int C, class T>
+template <class Tile, class Rule, class Decay, int C, class Place>
 bool scan_blocks(const Problem& p, const Geometry& g, const ForwardPart& part, ForwardScratch<Tile, Rule, Decay, C>& s,
-                 const Head& head, int64_t tile, int64_t t, int64_t count, T* S, Prefetch& ahead, const Stop& stop) {
+                 const Head& head, int64_t tile, int64_t t, int64_t count, const Place& at, Prefetch& ahead,
+                 const Stop& stop) {
   const int64_t first = tile * g.columns, width = tile_width(p, g, tile);
   for (int64_t i = 0; i < count; t += s.blocks[i++].n) {
     if (stop.asked(stop.data)) return false;
@@ -67,55 +99,59 @@ bool scan_blocks(const Problem& p, const Geometry& g, const ForwardPart& part, F
     const auto& block = s.blocks[i];
     stage_columns<Tile, C>(head.v, t, block.n, p, g, tile, s.v);
     if (!part.output) {
-      advance<false>(block, p, g.ld, s.v, S, S, s.RX, s.e, s.u, s.o);
+      advance<false>(block, p, g.ld, s.v, at.S, at.S, s.RX, s.e, s.u, s.o, at.stride);
       continue;
     }
-    advance<true>(block, p, g.ld, s.v, S, S, s.RX, s.e, s.u, s.o);
+    advance<true>(block, p, g.ld, s.v, at.S, at.S, s.RX, s.e, s.u, s.o, at.stride, i == 0 ? at.ahead : 0);
     for (int r = 0; r < block.n; ++r) store_row<Tile>(s.o + r * g.columns, width, head.o, t + r, first);
   }
   return true;
 }
 
+// The output of a part whose sequence has no state.
+inline void clear_output(const Problem& p, const Geometry& g, const ForwardPart& part, const Sequence& seq) {
+  const int64_t item = item_size(p.dtype), first = part.tile_begin * g.columns, end = part.tile_end * g.columns;
+  for (int64_t h = part.head_begin; h < part.head_end; ++h)
+    for (int64_t t = 0; t < seq.length; ++t)
+      fill<char>(head_rows(p.o, seq, h).at(t) + item * first, item * ((end < p.V ? end : p.V) - first), 0);
+}
+
 template <class Tile, class Rule, class Decay, int C>
 void scan_forward(const Problem& p, const Geometry& g, const ForwardPart& part, void* scratch, const Stop& stop) {
   using T = typename Tile::Scalar;
+  const Sequence seq = sequence(p, part.n);
+  if (state_slot(p, part.n) == kNoSlot) return clear_output(p, g, part, seq);
   Arena arena(scratch);
   const int64_t heads = part.head_end - part.head_begin, tiles = part.tile_end - part.tile_begin;
-  const int64_t size = g.ld * g.columns;
-  ForwardScratch<Tile, Rule, Decay, C> s(arena, g, heads, tiles);
-  const Sequence seq = sequence(p, part.n);
-  const auto state = [&](int64_t h, int64_t j) { return s.S + (h * tiles + j - part.tile_begin) * size; };
+  ForwardScratch<Tile, Rule, Decay, C> s(arena, p, g, heads, tiles);
+  const ForwardTiles<Tile, T> state{p, g, part, s.S};
 
   for (int64_t h = 0; h < heads; ++h) {
     s.heads[h] = head(p, seq, part.head_begin + h);
     if (!part.output) s.heads[h] = s.heads[h].written();
   }
-  for (int64_t h = 0; h < heads; ++h)
-    for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
-      load_tile<Tile>(p.h0, part.n, part.head_begin + h, p, g, j, state(h, j));
 
-  for (int64_t t0 = 0; t0 < seq.length; t0 += g.chunk) {
+  for (int64_t t0 = 0; t0 == 0 || t0 < seq.length; t0 += g.chunk) {  // once at least: states pass through
     const int64_t end = seq.length - t0 < g.chunk ? seq.length : t0 + g.chunk;
     const bool saves = p.checkpoints && end < seq.length && end % g.segment == 0;
     Prefetch ahead(p, s.heads, heads, end, seq.length - end < g.chunk ? seq.length : end + g.chunk,
                    checkpoint_piece<T>(p, g, part, saves ? end / g.segment : -1), heads * tiles * (g.chunk / C));
-    for (int64_t h = 0; h < heads; ++h) {
-      if (p.checkpoints && t0 % g.segment == 0)
+    for (int64_t h = part.head_begin; h < part.head_end; ++h) {
+      const Head& rows = s.heads[h - part.head_begin];
+      for (int64_t j = part.tile_begin; j < part.tile_end && t0 == 0; ++j) state.load(h, j);
+      if (p.checkpoints && t0 % g.segment == 0 && t0 < end)
         for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
-          copy_out<Tile>(state(h, j), size, checkpoint<T>(p, g, part.slot + t0 / g.segment, part.head_begin + h, j));
-      const bool again = !Decay::decays && h > 0 && s.heads[h].same_keys(s.heads[h - 1]);
+          copy_out<Tile>(state.at(h, j).S, g.ld * g.columns, checkpoint<T>(p, g, part.slot + t0 / g.segment, h, j));
+      const bool again = !Decay::decays && h > part.head_begin && rows.same_keys((&rows)[-1]);
       for (int64_t first = t0, t = t0; t < end; first = t) {
-        const int64_t count = stage_blocks(s.blocks, g.chunk / C, p, g, s.heads[h], t, end, again);
+        const int64_t count = stage_blocks(s.blocks, g.chunk / C, p, g, rows, t, end, again);
         for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
-          if (!scan_blocks(p, g, part, s, s.heads[h], j, first, count, state(h, j), ahead, stop)) return;
+          if (!scan_blocks(p, g, part, s, rows, j, first, count, state.at(h, j), ahead, stop)) return;
       }
+      if (!part.output || end < seq.length) continue;
+      for (int64_t j = part.tile_begin; j < part.tile_end; ++j) state.store(h, j);
     }
   }
-
-  if (!part.output) return;
-  for (int64_t h = 0; h < heads; ++h)
-    for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
-      store_tile<Tile>(state(h, j), p, g, j, p.hT, part.n, part.head_begin + h);
 }
 
 }  // namespace

@@ -19,6 +19,9 @@ struct Geometry {
   bool rounds = false;   // some gradients are stored in less than the accumulation type
 };
 
+// Whether a forward scan works on the caller's states where they lie: a step that takes each tile up only once.
+inline bool in_place(const Problem& p, const Geometry& g) { return p.step && p.T <= g.chunk; }
+
 // What one worker does at a time. Neighbouring heads lie side by side in memory, so they are taken together, chunk by
 // chunk of tokens.
 struct Part {
@@ -96,6 +99,9 @@ inline Sequence sequence(const Problem& p, int64_t n) {
   if (p.cu_seqlens) return {0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]};
   return {n, 0, p.T};
 }
+
+// Which of the states belongs to sequence n.
+inline int64_t state_slot(const Problem& p, int64_t n) { return p.state_indices ? p.state_indices[n] : n; }
 
 inline int64_t longest_sequence(const Problem& p) {
   int64_t longest = 0;

@@ -20,7 +20,8 @@ struct Rows {
   int64_t group = 1;
 };
 
-// A state [N,H,K,V] in the accumulation type, last axis contiguous.
+// States [slots,H,K,V] in the accumulation type, last axis contiguous; sequence n has slot n, or the one that
+// Problem::state_indices gives it.
 struct States {
   void* data = nullptr;
   int64_t n = 0, h = 0, k = 0;
@@ -32,13 +33,16 @@ struct Interrupt {
   void* data = nullptr;
 };
 
+inline constexpr int64_t kNoSlot = -1;
+
 struct Problem {
   Rule rule = Rule::linear;
   Decay decay = Decay::none;
   DType dtype = DType::f32;  // of q, k, v, o; accumulation and states are in accumulation(dtype)
-  bool step = false;         // one token, block size 1
+  bool step = false;         // decoding: hT is h0, updated in place; a single token is a block of its own
   int64_t N = 0, T = 0, H = 0, K = 0, V = 0;
-  const int64_t* cu_seqlens = nullptr;  // N+1 offsets into the T axis of batch 0; nullptr: sequence n is batch n
+  const int64_t* cu_seqlens = nullptr;     // N+1 offsets into the T axis of batch 0; nullptr: sequence n is batch n
+  const int64_t* state_indices = nullptr;  // [N], in a step: slots in the states; kNoSlot: leave the sequence out
   double scale = 1;
   int level = 0;  // instruction set level and threads, fixed when the call is validated
   int threads = 1;
@@ -47,8 +51,8 @@ struct Problem {
   Rows q, k, v, beta, g;
   States h0;
 
-  Rows o;                       // forward
-  States hT;                    // may be h0 itself in a step
+  Rows o;  // forward
+  States hT;
   void* checkpoints = nullptr;  // written by forward, read by backward; nullptr: backward makes its own
 
   Rows d_o;  // backward

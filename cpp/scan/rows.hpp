@@ -216,20 +216,27 @@ void round_segment(const Problem& p, const Geometry& g, const BackwardPart& part
   round_rows<Tile>(sums.dg, n, p.decay == fwp::Decay::channel ? p.K : 1, to.dg, skip);
 }
 
-// A tile of a state. Its rows K.. and its columns beyond V are padding: zero here, and never stored. Columns may turn
-// into anything that a column of zero values may (NaN under infinite keys, say); rows are written by no pass.
+// The caller's memory of one tile of a state, rows s.k apart.
+template <class T>
+T* tile_of(const States& s, int64_t slot, int64_t h, const Geometry& g, int64_t tile) {
+  return static_cast<T*>(s.data) + slot * s.n + h * s.h + tile * g.columns;
+}
+
+// A tile of a state in scratch. Its rows K.. and its columns beyond V are padding: zero here, and never stored. Columns
+// may turn into anything that a column of zero values may (NaN under infinite keys, say); rows are written by no pass.
 template <class Tile, class T>
-void load_tile(const States& s, int64_t n, int64_t h, const Problem& p, const Geometry& g, int64_t tile, T* S) {
+void load_tile(const States& s, int64_t slot, int64_t h, const Problem& p, const Geometry& g, int64_t tile, T* S) {
   if (!s.data) return fill<T>(S, g.ld * g.columns, 0);
-  const T* from = static_cast<const T*>(s.data) + n * s.n + h * s.h + tile * g.columns;
+  const T* from = tile_of<T>(s, slot, h, g, tile);
   for (int64_t d = 0; d < p.K; ++d) copy_in<Tile>(from + d * s.k, tile_width(p, g, tile), S + d * g.columns, g.columns);
   fill<T>(S + p.K * g.columns, (g.ld - p.K) * g.columns, 0);
 }
 
 template <class Tile, class T>
-void store_tile(const T* S, const Problem& p, const Geometry& g, int64_t tile, const States& s, int64_t n, int64_t h) {
+void store_tile(const T* S, const Problem& p, const Geometry& g, int64_t tile, const States& s, int64_t slot,
+                int64_t h) {
   if (!s.data) return;
-  T* to = static_cast<T*>(s.data) + n * s.n + h * s.h + tile * g.columns;
+  T* to = tile_of<T>(s, slot, h, g, tile);
   for (int64_t d = 0; d < p.K; ++d) copy_out<Tile>(S + d * g.columns, tile_width(p, g, tile), to + d * s.k);
 }
 

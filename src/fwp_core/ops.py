@@ -17,7 +17,7 @@ from . import _core
 from ._core import ArgumentError
 
 Array: TypeAlias = NDArray[Any]  # bfloat16, a type that ml_dtypes adds to NumPy, is no np.floating
-Offsets: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
+Integers: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 
 
 class Gradients(NamedTuple):
@@ -43,7 +43,7 @@ def delta_rule(
     *,
     scale: float = 1.0,
     initial_state: Array | None = None,
-    cu_seqlens: Offsets | None = None,
+    cu_seqlens: Integers | None = None,
     out: Array | None = None,
     final_state_out: Array | None = None,
 ) -> tuple[Array, Array]:
@@ -138,7 +138,7 @@ def linear_attention(
     *,
     scale: float = 1.0,
     initial_state: Array | None = None,
-    cu_seqlens: Offsets | None = None,
+    cu_seqlens: Integers | None = None,
     out: Array | None = None,
     final_state_out: Array | None = None,
 ) -> tuple[Array, Array]:
@@ -183,7 +183,7 @@ def delta_rule_backward(
     out: Gradients | None = None,
     scale: float = 1.0,
     initial_state: Array | None = None,
-    cu_seqlens: Offsets | None = None,
+    cu_seqlens: Integers | None = None,
 ) -> Gradients:
     """Return the exact gradients of :func:`delta_rule`.
 
@@ -246,7 +246,7 @@ def linear_attention_backward(
     out: Gradients | None = None,
     scale: float = 1.0,
     initial_state: Array | None = None,
-    cu_seqlens: Offsets | None = None,
+    cu_seqlens: Integers | None = None,
 ) -> Gradients:
     """Return the exact gradients of :func:`linear_attention`.
 
@@ -278,7 +278,7 @@ def vjp(
     *,
     scale: float = 1.0,
     initial_state: Array | None = None,
-    cu_seqlens: Offsets | None = None,
+    cu_seqlens: Integers | None = None,
     out: Array | None = None,
     final_state_out: Array | None = None,
 ) -> tuple[tuple[Array, Array], Pullback]:
@@ -348,29 +348,37 @@ def delta_rule_step(
     g: Array | None = None,
     *,
     state: Array,
+    state_indices: Integers | None = None,
     scale: float = 1.0,
     out: Array | None = None,
 ) -> Array:
-    """Take one token of :func:`delta_rule`, for decoding; ``state`` is updated in place.
+    """Take one token of :func:`delta_rule`, or a few, for decoding; ``state`` is updated in place.
 
     Parameters
     ----------
-    q, k, v : ndarray [B,Hq,K], [B,Hk,K], [B,Hv,V]
-        One token, float32, float64, float16 or bfloat16.
-    beta : ndarray [B,H]
-        Write strength.
-    g : ndarray [B,H] or [B,H,K], optional
+    q : ndarray [B,Hq,K] or [B,T,Hq,K]
+        One token, or T, float32, float64, float16 or bfloat16. The other arguments have the T axis if and
+        only if q has it.
+    k, v : ndarray [B,Hk,K], [B,Hv,V] or [B,T,Hk,K], [B,T,Hv,V]
+        Keys and values, of the dtype of q.
+    beta : ndarray [B,H] or [B,T,H]
+        Write strengths.
+    g : ndarray [B,H] or [B,H,K], or [B,T,H] or [B,T,H,K], optional
         Log decay.
-    state : ndarray [B,H,K,V]
-        Fast weight, read and overwritten, float32 (float64 where q is). It may overlap no other argument.
+    state : ndarray [B,H,K,V], or [S,H,K,V] with ``state_indices``
+        Fast weights, read and overwritten, float32 (float64 where q is). It may overlap no other argument.
+    state_indices : sequence of B integers, optional
+        Slots of a pool of states, as in a server: sequence b reads and writes ``state[state_indices[b]]``.
+        No slot may be given twice. -1 leaves a sequence out, as padding of a batch: its output is 0. Slots
+        that no sequence has are neither read nor written.
     scale : float
         Factor of the output.
-    out : ndarray [B,H,V], optional
+    out : ndarray [B,H,V] or [B,T,H,V], optional
         Where to write o. It may overlap no other argument.
 
     Returns
     -------
-    o : ndarray [B,H,V]
+    o : ndarray [B,H,V] or [B,T,H,V]
         The output, of the dtype of v; ``out`` if given.
 
     Raises
@@ -380,8 +388,11 @@ def delta_rule_step(
 
     Notes
     -----
-    Equal to the scan to rounding. Bitwise repeatable as :func:`delta_rule`. Cost: 6 K V flops per head, and a
-    few microseconds per call.
+    Equal to the scan to rounding; one token gives the same bits with and without a T axis. Bitwise repeatable
+    as :func:`delta_rule`. Cost: 6 K V flops per token and head, one pass over the memory of the states for up
+    to 24 tokens, and a few microseconds per call. States are worked on where they lie, whatever the strides
+    of their first three axes, fastest where their rows start at multiples of 64 bytes; where the last axis is
+    not contiguous, ``state``, all slots of it, is copied and copied back.
 
     Examples
     --------
@@ -393,8 +404,20 @@ def delta_rule_step(
     >>> state[0, 0]
     array([[3.],
            [0.]])
+
+    Two sequences, the second of them padding, and a pool of three states:
+
+    >>> pool = np.zeros((3, 1, 2, 1))
+    >>> k = np.array([[[1.0, 0.0]], [[0.0, 1.0]]])
+    >>> v, beta = np.array([[[3.0]], [[5.0]]]), np.ones((2, 1))
+    >>> delta_rule_step(k, k, v, beta, state=pool, state_indices=[2, -1])[:, 0, 0]
+    array([3., 0.])
+    >>> pool[:, 0, :, 0]
+    array([[0., 0.],
+           [0., 0.],
+           [3., 0.]])
     """
-    return _core.delta_rule_step(q, k, v, beta, g, state, scale, out)
+    return _core.delta_rule_step(q, k, v, beta, g, state, state_indices, scale, out)
 
 
 def linear_attention_step(
@@ -405,13 +428,14 @@ def linear_attention_step(
     g: Array | None = None,
     *,
     state: Array,
+    state_indices: Integers | None = None,
     scale: float = 1.0,
     out: Array | None = None,
 ) -> Array:
-    """Take one token of :func:`linear_attention`, for decoding; ``state`` is updated in place.
+    """Take one token of :func:`linear_attention`, or a few, for decoding; ``state`` is updated in place.
 
     Parameters, results, errors and promises are those of :func:`delta_rule_step`; ``beta`` may be None.
-    Cost: 4 K V flops per head.
+    Cost: 4 K V flops per token and head.
 
     Examples
     --------
@@ -421,4 +445,4 @@ def linear_attention_step(
     >>> linear_attention_step(k, k, np.array([[[3.0]]]), state=state)
     array([[[4.]]])
     """
-    return _core.linear_attention_step(q, k, v, beta, g, state, scale, out)
+    return _core.linear_attention_step(q, k, v, beta, g, state, state_indices, scale, out)

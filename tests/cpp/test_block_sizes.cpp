@@ -87,7 +87,7 @@ Outputs forward(Scan& s, Array* checkpoints) {
   auto part = s.part<fwp::ForwardPart>();
   part.output = true;
   fwp::Arena size(nullptr);
-  (void)fwp::ForwardScratch<Tile, Rule, Decay, C>(size, s.g, kHeads, s.g.tiles);
+  (void)fwp::ForwardScratch<Tile, Rule, Decay, C>(size, s.p, s.g, kHeads, s.g.tiles);
   Memory scratch(size.used());
   fwp::scan_forward<Tile, Rule, Decay, C>(s.p, s.g, part, scratch.base(), s.stop);
   return y;

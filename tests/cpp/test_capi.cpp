@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -193,6 +194,96 @@ TEST_CASE_TEMPLATE("a step is a scan of one token", T, float, double) {
       CHECK(reference::distance(state.values(), expected.hT) <= tolerance<T>(expected.hT));
     }
   }
+}
+
+// Three sequences of two tokens in a pool of five states; the second sequence has none.
+struct Pool {
+  const Sizes n{3, 2, 2, 5, 40};
+  const Inputs x = reference::Random(29).inputs(n, Decay::scalar);
+  Call<double> call{x};
+  const Array contents = reference::Random(31).normal(5 * n.H * n.K * n.V);
+  Tensor<double> pool{{5, n.H, n.K, n.V}, contents}, o{{n.B, n.T, n.H, n.V}};
+  std::vector<int32_t> slots{4, -1, 1};
+  std::vector<int64_t> shape{3};
+  DLTensor indices{slots.data(), {kDLCPU, 0}, 1, {kDLInt, 32, 1}, shape.data(), nullptr, 0};
+  fwp_options options = FWP_OPTIONS_INIT;
+  fwp_inputs in = call.inputs();
+  Pool() {
+    in.h0 = nullptr;
+    in.state_indices = &indices;
+  }
+
+  int step(void* workspace = nullptr, size_t bytes = 0) {
+    return fwp_delta_step(&options, &in, pool.get(), o.get(), workspace, bytes, nullptr);
+  }
+  // Element i of slot s.
+  int64_t at(int64_t s, int64_t i) const { return s * n.H * n.K * n.V + i; }
+
+  void check() {
+    const int64_t size = n.H * n.K * n.V, rows = n.T * n.H * n.V;
+    Inputs own = x;
+    for (int64_t b : {0, 2})
+      for (int64_t i = 0; i < size; ++i) own.h0[b * size + i] = contents[at(slots[static_cast<size_t>(b)], i)];
+    const auto expected = reference::forward(Rule::delta, own, 1);
+    const Array after = pool.values(), output = o.values();
+    for (int64_t b : {0, 2}) {
+      const Array out(output.begin() + b * rows, output.begin() + (b + 1) * rows);
+      CHECK(reference::distance(out, Array(expected.o.begin() + b * rows, expected.o.begin() + (b + 1) * rows)) <
+            1e-12);
+      for (int64_t i = 0; i < size; ++i)
+        CHECK(after[at(slots[static_cast<size_t>(b)], i)] == doctest::Approx(expected.hT[b * size + i]).epsilon(1e-12));
+    }
+    for (int64_t i = 0; i < rows; ++i) CHECK(output[rows + i] == 0);
+    for (int64_t s : {0, 2, 3})
+      for (int64_t i = 0; i < size; ++i) CHECK(after[at(s, i)] == contents[at(s, i)]);
+  }
+};
+
+TEST_CASE_FIXTURE(Pool, "a step of several tokens takes its states from a pool") {
+  REQUIRE_MESSAGE(step() == FWP_OK, fwp_last_error());
+  check();
+}
+
+TEST_CASE_FIXTURE(Pool, "a caller's workspace holds the slots too") {
+  size_t bytes = 0, without = 0;
+  REQUIRE(fwp_delta_step_workspace(&options, &in, &bytes) == FWP_OK);
+  in.state_indices = nullptr;
+  REQUIRE(fwp_delta_step_workspace(&options, &in, &without) == FWP_OK);
+  CHECK(bytes > without);
+  in.state_indices = &indices;
+  std::vector<char> memory(bytes + 64, 'x');
+  char* const aligned = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  CHECK(step(aligned, bytes - 1) == FWP_ARGUMENT_ERROR);
+  REQUIRE_MESSAGE(step(aligned, bytes) == FWP_OK, fwp_last_error());
+  check();
+  for (char* byte = aligned + bytes; byte < memory.data() + memory.size(); ++byte) CHECK(*byte == 'x');
+}
+
+TEST_CASE_FIXTURE(Pool, "wrong slots are refused before anything changes") {
+  int expected = FWP_ARGUMENT_ERROR;
+  SUBCASE("twice") { slots = {4, -1, 4}; }
+  SUBCASE("below -1") { slots = {4, -2, 1}; }
+  SUBCASE("beyond the pool") { slots = {4, -1, 5}; }
+  SUBCASE("one too few") {
+    shape = {2};
+    expected = FWP_SHAPE_ERROR;
+  }
+  SUBCASE("floating point") {
+    indices.dtype.code = kDLFloat;
+    expected = FWP_DTYPE_ERROR;
+  }
+  CHECK(step() == expected);
+  CHECK(std::string(fwp_last_error()).find("state_indices: expected ") == 0);
+  CHECK(pool.values() == contents);
+  for (double value : o.values()) CHECK(std::isnan(value));
+}
+
+TEST_CASE_FIXTURE(Pool, "slots are for steps") {
+  fwp_outputs out = FWP_OUTPUTS_INIT;
+  out.o = o.get();
+  CHECK(fwp_delta_fwd(&options, &in, &out, nullptr, 0, nullptr) == FWP_ARGUMENT_ERROR);
+  in.struct_size = offsetof(fwp_inputs, state_indices);  // a program that was built before there were slots
+  CHECK(fwp_delta_fwd(&options, &in, &out, nullptr, 0, nullptr) == FWP_OK);
 }
 
 // A small delta problem whose parts the error cases below spoil.

@@ -174,6 +174,18 @@ TEST_CASE("half precisions by their bits, states in float") {
   check_half(kBrain);
 }
 
+TEST_CASE_FIXTURE(Problem, "a step of all tokens on states from a pool") {
+  const int64_t size = H * K * V, slots[] = {3, 1};
+  Array pool(4 * size, -1.0);
+  for (int64_t i = 0; i < B * size; ++i) pool[slots[i / size] * size + i % size] = x.h0[i];
+  in.h0 = {};
+  in.state_indices = {slots, {B}};
+  fwp::delta_step(in, {pool.data(), {4, H, K, V}}, {o.data(), {B, T, H, V}}, options);
+  for (int64_t i = 0; i < B * size; ++i) hT[i] = pool[slots[i / size] * size + i % size];
+  check_outputs(Rule::delta);
+  for (int64_t i = 0; i < size; ++i) CHECK((pool[i] == -1 && pool[2 * size + i] == -1));
+}
+
 TEST_CASE_FIXTURE(Problem, "errors are exceptions with the code and the message of fwp.h") {
   in.k = {x.k.data(), {B, T, H, K - 1}};
   try {

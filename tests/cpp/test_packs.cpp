@@ -183,6 +183,35 @@ TEST_CASE_TEMPLATE("tiles multiply matrices", T, float, double) {
   }
 }
 
+TEST_CASE_TEMPLATE("a tile inside a state gives the same bits, at any address", T, float, double) {
+  constexpr int R = 4;
+  Strip<T> x(21);
+  const int64_t columns = x.kColumns, stride = 2 * columns + 3;
+  for (int shift = 0; shift < kLanes<T>; ++shift) {
+    for (int64_t step : {stride, -stride}) {
+      Aligned<T> state(x.K * stride + kLanes<T>), after(x.ld * columns), read(R * columns);
+      T* const first = state.get() + shift + (step < 0 ? (x.K - 1) * stride : 0);
+      for (int64_t d = 0; d < x.K; ++d)
+        for (int64_t j = 0; j < columns; ++j) first[d * step + j] = x.S[d * columns + j];
+
+      Tiles<T>::template read<R>(x.rows.get(), x.ld, x.K, x.S.get(), x.out.get());
+      Tiles<T>::template read<R>(x.rows.get(), x.ld, x.K, first, read.get(), step);
+      for (int64_t i = 0; i < R * columns; ++i) CHECK(read[i] == x.out[i]);
+
+      Tiles<T>::template write<R, true>(x.rows.get(), x.ld, x.K, x.decay.get(), x.columns.get(), x.S.get(),
+                                        after.get());
+      std::vector<T> gaps(state.get(), state.get() + x.K * stride + kLanes<T>);
+      Tiles<T>::template write<R, true>(x.rows.get(), x.ld, x.K, x.decay.get(), x.columns.get(), first, first, step);
+      for (int64_t d = 0; d < x.K; ++d)
+        for (int64_t j = 0; j < columns; ++j) {
+          CHECK(first[d * step + j] == after[d * columns + j]);
+          gaps[static_cast<size_t>(first + d * step + j - state.get())] = after[d * columns + j];
+        }
+      for (size_t i = 0; i < gaps.size(); ++i) CHECK(state[static_cast<int64_t>(i)] == gaps[i]);
+    }
+  }
+}
+
 TEST_CASE_TEMPLATE("writing a few rows is writing them one after the other", T, float, double) {
   constexpr int C = 6;
   for (int n = 1; n <= C; ++n) {

@@ -21,8 +21,9 @@
  *   - Inputs may alias each other. Outputs may not overlap an input or another output.
  *   - Results are bitwise equal for any number of threads, any memory layout and any batch around a sequence,
  *     for one instruction set level and build.
- *   - workspace: NULL (the library allocates), or memory aligned to 64 bytes of at least the size that the
- *     *_workspace query of the same call returned. stream: NULL for CPU tensors.
+ *   - workspace: NULL (the library's own: up to 1 MiB is kept for the thread's next call, so that steps allocate
+ *     nothing), or memory aligned to 64 bytes of at least the size that the *_workspace query of the same call
+ *     returned. stream: NULL for CPU tensors.
  *   - Structs start with struct_size; set it with the FWP_..._INIT macros, so that fields can be added later. Fields
  *     beyond those that this version knows must be zero.
  */
@@ -111,7 +112,7 @@ FWP_API const char* fwp_last_error(void) FWP_NOEXCEPT;
 /* ---- arguments ---- */
 
 /* interrupt is polled by the calling thread every few milliseconds; non-zero stops the call with
- * FWP_INTERRUPTED. It must not throw. Single steps are not interrupted. */
+ * FWP_INTERRUPTED. It must not throw. Steps are not interrupted. */
 typedef struct fwp_options {
   size_t struct_size;
   double scale;
@@ -123,7 +124,9 @@ typedef struct fwp_options {
 /* q [B,T,Hq,K]  k [B,T,Hk,K]  v [B,T,Hv,V]  beta [B,T,H]  g [B,T,H] or [B,T,H,K]  h0 [N,H,K,V]
  * H = max(Hq,Hk,Hv); every head count divides H, and head h reads q head h / (H/Hq), and so on.
  * cu_seqlens: int32 or int64 [N+1], then B = 1; starts with 0, never falls, ends with T. Else N = B.
- * For *_step the T axis is left out, h0 and cu_seqlens are NULL.
+ * For *_step the T axis may be left out, and h0 and cu_seqlens are NULL.
+ * state_indices: int32 or int64 [B], for *_step only: sequence b has the state of slot state_indices[b] in a pool
+ * [S,H,K,V], or, at -1, none: its outputs are zero. No slot may be given twice. NULL: sequence b has slot b.
  * beta is required by the delta rule; g and h0 may be NULL (no decay, zero state). */
 typedef struct fwp_inputs {
   size_t struct_size;
@@ -134,8 +137,9 @@ typedef struct fwp_inputs {
   const DLTensor* g;
   const DLTensor* h0;
   const DLTensor* cu_seqlens;
+  const DLTensor* state_indices;
 } fwp_inputs;
-#define FWP_INPUTS_INIT {sizeof(fwp_inputs), NULL, NULL, NULL, NULL, NULL, NULL, NULL}
+#define FWP_INPUTS_INIT {sizeof(fwp_inputs), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL}
 
 /* o [B,T,H,V] required; hT [N,H,K,V] and checkpoints may be NULL. checkpoints: a compact 1-d tensor of the
  * state's dtype with the number of elements that fwp_checkpoints returns; handed to *_bwd it spares
@@ -185,8 +189,9 @@ FWP_API int fwp_delta_bwd(const fwp_options* options, const fwp_inputs* inputs, 
                           const fwp_gradients* gradients, void* workspace, size_t workspace_bytes,
                           void* stream) FWP_NOEXCEPT;
 
-/* One token, for decoding: q,k [B,H,K], v [B,H,V], beta [B,H], g [B,H] or [B,H,K], state [B,H,K,V] updated in
- * place, o [B,H,V]. */
+/* Decoding: one token, q,k [B,H,K], v [B,H,V], beta [B,H], g [B,H] or [B,H,K], o [B,H,V], or a few, with the shapes
+ * of a scan; q decides which. state [B,H,K,V], or [S,H,K,V] with state_indices, is updated in place; slots that no
+ * sequence has are neither read nor written. One token has the same result, bit for bit, in either form. */
 FWP_API int fwp_linear_step(const fwp_options* options, const fwp_inputs* inputs, const DLTensor* state,
                             const DLTensor* o, void* workspace, size_t workspace_bytes, void* stream) FWP_NOEXCEPT;
 FWP_API int fwp_delta_step(const fwp_options* options, const fwp_inputs* inputs, const DLTensor* state,

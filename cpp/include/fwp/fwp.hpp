@@ -97,7 +97,7 @@ struct options {
   void* interrupt_data = nullptr;
 };
 struct inputs {
-  view q{}, k{}, v{}, beta{}, g{}, h0{}, cu_seqlens{};
+  view q{}, k{}, v{}, beta{}, g{}, h0{}, cu_seqlens{}, state_indices{};
 };
 struct outputs {
   view o{}, hT{}, checkpoints{};
@@ -135,8 +135,10 @@ inline fwp_options c_options(const options& options) {
 template <class Fn>
 void with_inputs(const inputs& in, const Fn& fn) {
   const pointer q(in.q), k(in.k), v(in.v), beta(in.beta), g(in.g), h0(in.h0), cu_seqlens(in.cu_seqlens);
+  const pointer state_indices(in.state_indices);
   const fwp_inputs inputs{sizeof(fwp_inputs), q.get(), k.get(),  v.get(),
-                          beta.get(),         g.get(), h0.get(), cu_seqlens.get()};
+                          beta.get(),         g.get(), h0.get(), cu_seqlens.get(),
+                          state_indices.get()};
   check(fn(&inputs));
 }
 
@@ -202,7 +204,8 @@ inline void delta_bwd(const inputs& in, const cotangents& from, const gradients&
   detail::bwd(fwp_delta_bwd, in, from, to, options, scratch);
 }
 
-// One token: the inputs without their T axis, state [B,H,K,V] updated in place, o [B,H,V].
+// Decoding: one token, the inputs and o without their T axis, or a few, with it. state [B,H,K,V], or [S,H,K,V] with
+// state_indices, is updated in place.
 inline void linear_step(const inputs& in, const view& state, const view& o, const options& options = {},
                         workspace scratch = {}) {
   detail::step(fwp_linear_step, in, state, o, options, scratch);
