@@ -126,6 +126,19 @@ def test_states_in_any_layout(isa, layout, tokens, V):
     assert np.isnan(memory).sum() == gaps
 
 
+@pytest.mark.parametrize("V", [511, 512, 1024, 1025])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows(isa, V, dtype):
+    """Among them rows of whole pages, which pass through other memory."""
+    for tokens in (1, 5):
+        case = make_case("delta", "scalar", T=tokens, heads=(4, 2, 2), K=9, V=V, dtype=dtype)
+        state = first_state(case)
+        o = steps(case, state)
+        exact_o, exact_state = exact_scan(case)
+        assert_close(o, exact_o, "forward", "o")
+        assert_close(state, exact_state, "forward", "state")
+
+
 @pytest.mark.parametrize("offset", range(1, 17, 3))
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_states_at_any_address(isa, offset, tokens):

@@ -102,7 +102,7 @@ bool scan_blocks(const Problem& p, const Geometry& g, const ForwardPart& part, F
       advance<false>(block, p, g.ld, s.v, at.S, at.S, s.RX, s.e, s.u, s.o, at.stride);
       continue;
     }
-    advance<true>(block, p, g.ld, s.v, at.S, at.S, s.RX, s.e, s.u, s.o, at.stride, i == 0 ? at.ahead : 0);
+    advance<true>(block, p, g.ld, s.v, at.S, at.S, s.RX, s.e, s.u, s.o, at.stride, at.ahead);
     for (int r = 0; r < block.n; ++r) store_row<Tile>(s.o + r * g.columns, width, head.o, t + r, first);
   }
   return true;

@@ -19,8 +19,12 @@ struct Geometry {
   bool rounds = false;   // some gradients are stored in less than the accumulation type
 };
 
-// Whether a forward scan works on the caller's states where they lie: a step that takes each tile up only once.
-inline bool in_place(const Problem& p, const Geometry& g) { return p.step && p.T <= g.chunk; }
+// Whether a forward scan works on the caller's states where they lie: a step that takes each tile up only once. Not
+// where their rows are whole pages: all rows of a tile would then compete for the same few places in the caches.
+inline bool in_place(const Problem& p, const Geometry& g) {
+  constexpr int64_t kPage = 4096;
+  return p.step && p.T <= g.chunk && p.V * item_size(accumulation(p.dtype)) % kPage != 0;
+}
 
 // What one worker does at a time. Neighbouring heads lie side by side in memory, so they are taken together, chunk by
 // chunk of tokens.
