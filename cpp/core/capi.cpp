@@ -33,7 +33,7 @@ class Workspace {
     Memory memory;
     size_t bytes = 0;
   };
-  static constexpr size_t kMostKept = size_t{1} << 19;
+  static constexpr size_t kMostKept = size_t{1} << 20;
   static thread_local Piece kept;
 
   Piece piece_;
