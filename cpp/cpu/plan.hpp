@@ -35,12 +35,10 @@ struct Shares {
   Shares(const Problem& p, const Geometry& g, int64_t sequences, int64_t cached) {
     const int64_t threads = p.threads, all = sequences * p.H;
     const int64_t fitting = kCachedNumbers / std::max<int64_t>(1, cached);
-    // Two parts for every thread: where one core is held up, another takes over the rest.
-    const int64_t share = threads > 1 ? 2 * threads : 1;
     const bool few = all < 2 * threads;
     const int64_t group = (g.tiles + kMostShares - 1) / kMostShares;
     tiles = few || group > 1 ? group : g.tiles;
-    heads = few ? 1 : std::max<int64_t>(1, std::min({(all + share - 1) / share, fitting, p.H}));
+    heads = few ? 1 : std::max<int64_t>(1, std::min({(all + threads - 1) / threads, fitting, p.H}));
     parts_per_tile_row = tiles ? (g.tiles + tiles - 1) / tiles : 0;
     per_sequence = (p.H + heads - 1) / heads * parts_per_tile_row;
   }
