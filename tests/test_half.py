@@ -4,8 +4,6 @@ NumPy's own float16 and ml_dtypes' bfloat16 say what exactly and once mean, bit 
 packs have tests of their own in tests/cpp/test_dtypes.cpp.
 """
 
-import ctypes as c
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,8 +11,8 @@ from cases import DECAYS, HALVES, RULES, STEP, gradients, make_case, scan
 from hypothesis import given
 from processes import run_python
 from strategies import cases
-from test_c_abi import LIBRARY, Inputs, Options, tensor
 from tolerances import assert_bits_equal, assert_gradients_bits_equal
+from workspace import backward_workspace
 
 import fwp_core as fwp
 
@@ -208,26 +206,10 @@ def test_the_reference_computes_in_float64(dtype):
 # Memory: checkpoints and scratch are float32, so they weigh twice as much beside halves.
 
 
-def backward_workspace(heads, T, dtype):
-    """Bytes that gradients take beside arrays, and bytes of those arrays; K = V = 64."""
-    H = max(heads)
-    arrays = {name: np.zeros((1, 1, h, 64), dtype) for name, h in zip("qkv", heads, strict=True)}
-    arrays |= {"beta": np.zeros((1, 1, H), dtype)}
-    tensors = {}
-    for name, x in arrays.items():
-        tensors[name] = tensor(np.broadcast_to(x, (1, T, *x.shape[2:])))
-    inputs = Inputs(c.sizeof(Inputs), **{name: c.pointer(x) for name, x in tensors.items()})
-    needed = c.c_size_t()
-    query = c.CDLL(str(LIBRARY)).fwp_delta_bwd_workspace
-    assert query(c.byref(Options(c.sizeof(Options), 1.0)), c.byref(inputs), c.byref(needed)) == 0
-    with_gradients = 2 * T * sum(x.nbytes for x in arrays.values())
-    return needed.value, with_gradients + 2 * T * H * 64 * np.dtype(dtype).itemsize  # o and do
-
-
 @halves
 @pytest.mark.parametrize("heads", [(8, 8, 8), (8, 2, 2), (1, 1, 1)])
 def test_extra_memory_of_long_scans_stays_below_30_percent(isa, heads, dtype):
     with fwp.threads(2):
-        extra, arrays = backward_workspace(heads, 65536, dtype)
+        extra, arrays = backward_workspace(heads, 65536, 64, 64, dtype)
         scan(make_case("delta", T=1))  # the fixture wants a call
     assert extra < 0.3 * arrays

@@ -2,8 +2,13 @@
 
 import os
 
+import numpy as np
 import pytest
+from cases import make_case, scan
 from processes import run_python
+from workspace import backward_workspace
+
+import fwp_core as fwp
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 
@@ -69,3 +74,23 @@ print(refused, untouched, unchanged, usable, bool((out != 7).all()))
 def test_out_of_memory_leaves_everything_as_it_was():
     done = run_python(NO_MEMORY, MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536")
     assert done.stdout.split() == ["2", "True", "True", "True", "True"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("heads", "most"), [((8, 8, 8), 0.15), ((1, 1, 1), 0.15), ((8, 2, 2), 0.3), ((8, 2, 8), 0.3)], ids=str
+)
+@pytest.mark.parametrize("K", [64, 128])
+def test_extra_memory_of_long_scans(isa, heads, K, most):
+    with fwp.threads(2):
+        extra, arrays = backward_workspace(heads, 65536, K, K, np.float32)
+        scan(make_case("delta", T=1))  # the fixture wants a call
+    assert extra < most * arrays
+
+
+@pytest.mark.parametrize("K", [4096, 8192])
+def test_extra_memory_of_short_scans_with_large_keys(isa, K):
+    """The states inside one segment, which every thread holds, are bounded by time and not by K."""
+    with fwp.threads(2):
+        extra, arrays = backward_workspace((1, 1, 1), K, K, 64, np.float32)
+        scan(make_case("delta", T=1))  # the fixture wants a call
+    assert extra < arrays

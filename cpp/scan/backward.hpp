@@ -1,4 +1,4 @@
-// Time, backward: one tile of one head, one window of tokens, from the last to the first.
+// Time, backward: some heads, or some tiles of a head, of one sequence, a window of tokens, from the last to the first.
 //
 // Forward left a checkpoint of the state every `segment` tokens. Each segment is run forward once more, keeping the
 // state before every block, and then backward block by block with the adjoint D of the state. So every gradient,

@@ -95,7 +95,8 @@ struct Block {
     for (int64_t i = 0; i < size; i += Tile::kWidth) Tile::store(a + i, Tile::exp(Tile::load(a + i)));
   }
 
-  // Whether the gates of the first tokens, summed in magnitude, leave room for the data in every channel.
+  // Whether the gates of the first tokens, summed in magnitude, leave room for the data in every channel: float data
+  // between 1e-12 and 1e12 in size.
   bool in_range(int tokens, int64_t padded) const {
     constexpr T kRange = sizeof(T) == 8 ? 600 : 60;
     if constexpr (!Decay::per_channel) {

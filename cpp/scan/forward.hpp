@@ -1,4 +1,4 @@
-// Time, forward: some tiles of one head of one sequence, from the first token to the last.
+// Time, forward: some heads, or some tiles of a head, of one sequence, from the first token to the last.
 #pragma once
 
 #include "block.hpp"

@@ -390,9 +390,10 @@ def delta_rule_step(
     -----
     Equal to the scan to rounding; one token gives the same bits with and without a T axis. Bitwise repeatable
     as :func:`delta_rule`. Cost: 6 K V flops per token and head, one pass over the memory of the states for up
-    to 24 tokens, and a few microseconds per call. States are worked on where they lie, whatever the strides
-    of their first three axes, fastest where their rows start at multiples of 64 bytes; where the last axis is
-    not contiguous, ``state``, all slots of it, is copied and copied back.
+    to 24 tokens, and a few microseconds per call. Up to 24 tokens, whole tiles of the states are worked on
+    where they lie, whatever the strides of their first three axes, fastest where their rows start at
+    multiples of 64 bytes (rows of whole pages, V = 1024 in float32, pass through the caches once more); where
+    the last axis is not contiguous, ``state``, all slots of it, is copied and copied back.
 
     Examples
     --------
