@@ -70,9 +70,9 @@ Geometry cut(const Problem& p) {
   if (p.step) g.chunk = at_most(round_up(at_least(p.T, 1), g.block), g.chunk);
   const int64_t longest = round_up(at_least(longest_sequence(p), 1), g.chunk);
   // A checkpoint is K V numbers: one every K tokens costs V per token, whatever K and V. Longer segments would take
-  // less memory, but backward slows down when the states and rows of one do not fit into the second-level cache. Rows of
-  // halves take half the room, and a checkpoint weighs twice as much beside them. Where time is short, so are segments:
-  // the states inside one then take no more than all checkpoints.
+  // less memory, but backward slows down when the states and rows of one do not fit into the second-level cache. Rows
+  // of halves take half the room, and a checkpoint weighs twice as much beside them. Where time is short, so are
+  // segments: the states inside one then take no more than all checkpoints.
   const int64_t by_keys = item_size(p.dtype) == 2 ? 2 * g.ld : g.ld;
   const int64_t by_time = static_cast<int64_t>(__builtin_sqrt(static_cast<double>(longest * g.tiles * g.block)));
   g.segment = at_most(round_up(at_least(at_most(by_keys, by_time), 2 * g.chunk), g.chunk), longest);

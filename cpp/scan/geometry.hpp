@@ -1,6 +1,6 @@
 // How a problem is cut: value columns into tiles, tokens into blocks, chunks, segments and windows. Only blocks, chunks
-// and tiles touch a result, by rounding. Their sizes depend on V, the dtype and the ISA level (and a step of one token is
-// a block of one): never on B, H or the number of threads.
+// and tiles touch a result, by rounding. Their sizes depend on V, the dtype and the ISA level (and a step of one token
+// is a block of one): never on B, H or the number of threads.
 #pragma once
 
 #include "problem.hpp"

@@ -1,6 +1,6 @@
 // Every block size gives what the recurrence gives: the scans of cpp/scan themselves, forward and backward, with blocks
-// of 1, 3, 4 and 16 tokens, on inputs that are hard for a block: correlated keys, writes at the edge of stability, strong
-// gates.
+// of 1, 3, 4 and 16 tokens, on inputs that are hard for a block: correlated keys, writes at the edge of stability,
+// strong gates.
 #include <doctest/doctest.h>
 
 #include <limits>
