@@ -86,11 +86,11 @@ struct Block {
     const int64_t width = Decay::per_channel ? K : 1, padded = Decay::per_channel ? ld : 1;
     const int64_t size = Decay::per_channel ? C * ld : Tile::template room<C>;
     for (int t = 0; t < n; ++t) stage_row<Tile>(g, t0 + t, 0, width, a + t * padded, padded);
-    while (n > 1 && !in_range(n, padded)) --n;
+    bool fits = in_range(n, padded);
+    while (!fits && n > 1) fits = in_range(--n, padded);
     resets = false;
-    if (!in_range(n, padded))
-      for (int64_t d = 0; d < width; ++d) resets |= a[d] == -infinity();
-    for (int64_t d = 0; d < ld && resets; ++d) keep[d] = a[Decay::per_channel ? d : 0] == -infinity() ? 0 : 1;
+    for (int64_t d = 0; d < width && !fits; ++d) resets |= a[d] == -kInfinity;
+    for (int64_t d = 0; d < ld && resets; ++d) keep[d] = a[Decay::per_channel ? d : 0] == -kInfinity ? 0 : 1;
     fill<T>(a + n * padded, size - n * padded, 0);  // tokens that are not there do not decay
     for (int64_t i = 0; i < size; i += Tile::kWidth) Tile::store(a + i, Tile::exp(Tile::load(a + i)));
   }
@@ -117,9 +117,7 @@ struct Block {
     for (int l = 0; l < Tile::kWidth; ++l) total += outside[l];
     return total == 0;
   }
-  static constexpr T infinity() {
-    return sizeof(T) == 8 ? static_cast<T>(__builtin_inf()) : static_cast<T>(__builtin_inff());
-  }
+  static constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
   // The decayed rows, and the dot products inside the block.
   void multiply(int64_t ld) {
