@@ -20,7 +20,7 @@ import numpy.typing as npt
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import oracle
-from tolerances import relative_error
+from tolerances import ROUNDING, relative_error
 
 from fwp_core.reference import softmax_attention
 
@@ -62,6 +62,7 @@ class Case:
     K: int = 1
     V: int = 1
     query_heads: int = 0
+    dtype: str = "float32"  # of all arrays but states
     every_thread_count: bool = False  # measured at every thread count asked for, not at the largest only
     alone: bool = False  # too large to ask the peers
 
@@ -75,7 +76,8 @@ class Case:
         time = f"T{self.T}-" if self.task != "step" else ""
         grouped = f"-q{self.query_heads}" if self.query_heads else ""
         value = f"-V{self.V}" if self.V != self.K else ""
-        return f"{rule}/{self.task}/{batch}{time}H{self.H}{grouped}-K{self.K}{value}"
+        dtype = f"-{self.dtype}" if self.dtype != "float32" else ""
+        return f"{rule}/{self.task}/{batch}{time}H{self.H}{grouped}-K{self.K}{value}{dtype}"
 
     @property
     def limit(self) -> str:
@@ -105,6 +107,11 @@ class Case:
         return float(self.K**-0.5)
 
     @property
+    def tolerance(self) -> float:
+        """The relative error above which a participant is refused; half precisions round once."""
+        return TOLERANCE[self.task] + ROUNDING.get(np.dtype(self.dtype), 0.0)
+
+    @property
     def array_bytes(self) -> int:
         """Bytes of the inputs, do, the outputs and the gradients of a forward and backward pass."""
         rows = self.B * self.T
@@ -113,7 +120,7 @@ class Case:
         gate = rows * self.H * {"none": 0, "scalar": 1, "channel": self.K}[self.decay]
         beta = rows * self.H if self.rule == "delta" else 0
         state = self.B * self.H * self.K * self.V
-        return 4 * (2 * (2 * key + value + gate + beta) + 2 * value + state)
+        return np.dtype(self.dtype).itemsize * (2 * (2 * key + value + gate + beta) + 2 * value) + 4 * state
 
     def tiny(self) -> Case:
         """The same operation at a size that takes no time."""
@@ -126,24 +133,40 @@ class Case:
 class Arrays:
     """Inputs of a case, made when first used: unit q and k, beta and exp(g) in (0, 1)."""
 
-    def __init__(self, B: int, T: int, H: int, K: int, V: int, query_heads: int) -> None:
+    def __init__(self, B: int, T: int, H: int, K: int, V: int, query_heads: int, dtype: str) -> None:
         self.rows = (B, T, H)
         self.key_shape = (B, T, query_heads or H, K)
         self.sizes = (K, V)
+        self.dtype = dtype
 
-    q = cached_property(lambda self: _unit("q", self.key_shape))
-    k = cached_property(lambda self: _unit("k", self.key_shape))
-    v = cached_property(lambda self: _normal("v", (*self.rows, self.sizes[1])))
-    do = cached_property(lambda self: _normal("do", (*self.rows, self.sizes[1])))
-    beta = cached_property(lambda self: _rng("beta").random(self.rows, np.float32))
-    scalar = cached_property(lambda self: -_rng("g").random(self.rows, np.float32))
-    channel = cached_property(lambda self: -_rng("g").random((*self.rows, self.sizes[0]), np.float32))
-    state = cached_property(lambda self: _normal("state", (self.rows[0], self.rows[2], *self.sizes)))
+    q = cached_property(lambda self: aligned(_unit("q", self.key_shape), self.dtype))
+    k = cached_property(lambda self: aligned(_unit("k", self.key_shape), self.dtype))
+    v = cached_property(lambda self: aligned(_normal("v", (*self.rows, self.sizes[1])), self.dtype))
+    do = cached_property(lambda self: aligned(_normal("do", (*self.rows, self.sizes[1])), self.dtype))
+    beta = cached_property(lambda self: aligned(_uniform("beta", self.rows), self.dtype))
+    scalar = cached_property(lambda self: aligned(-_uniform("g", self.rows), self.dtype))
+    channel = cached_property(lambda self: aligned(-_uniform("g", (*self.rows, self.sizes[0])), self.dtype))
+    state = cached_property(
+        lambda self: aligned(_normal("state", (self.rows[0], self.rows[2], *self.sizes)), "float32")
+    )
 
 
 @cache
-def _arrays(*sizes: int) -> Arrays:
+def _arrays(*sizes: int | str) -> Arrays:
     return Arrays(*sizes)
+
+
+def aligned(array: Array, dtype: npt.DTypeLike) -> Array:
+    """A copy that starts with a cache line, as arrays of torch, JAX and this library's own cache do.
+
+    NumPy's start 16 bytes later: neighbouring heads, and so two threads, then share a line of every row.
+    """
+    line, dtype = 64, np.dtype(dtype)
+    memory = np.empty(array.size * dtype.itemsize + line, np.uint8)
+    start = -memory.ctypes.data % line
+    copy = memory[start : start + array.size * dtype.itemsize].view(dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 @dataclass(frozen=True)
@@ -165,7 +188,7 @@ class Inputs:
 
 def inputs(case: Case) -> Inputs:
     """The arrays of a case, shared between cases of one shape: nobody may write into them."""
-    x = _arrays(case.B, case.T, case.H, case.K, case.V, case.query_heads)
+    x = _arrays(case.B, case.T, case.H, case.K, case.V, case.query_heads, case.dtype)
     step = case.task == "step"
 
     def token(array: Array) -> Array:
@@ -184,7 +207,9 @@ def inputs(case: Case) -> Inputs:
 
 def exact(case: Case) -> dict[str, Array]:
     """The checked part of the exact results: o; o, dq, dk, dv, dbeta, dg; or, for a step, o and state."""
-    x = [None if array is None else checked(case, array) for array in inputs(case).values()]
+    x = [
+        None if array is None else checked(case, array).astype(np.float64) for array in inputs(case).values()
+    ]
     head_axis = 1 if case.task == "step" else 2
     heads = [
         _exact_head(case, *(None if array is None else array.take([h], head_axis) for array in x))
@@ -246,6 +271,10 @@ def _normal(name: str, shape: tuple[int, ...]) -> Array:
     return _rng(name).standard_normal(shape, np.float32)
 
 
+def _uniform(name: str, shape: tuple[int, ...]) -> Array:
+    return _rng(name).random(shape, np.float32)
+
+
 def _unit(name: str, shape: tuple[int, ...]) -> Array:
     x = _normal(name, shape)
     x /= np.linalg.norm(x, axis=-1, keepdims=True)
@@ -279,11 +308,15 @@ def _main() -> list[Case]:
                 Case(rule, "forward+backward", T=tokens, alone=decay == "channel" and tokens > 1024, **sizes)
                 for tokens in (4096, 1024)
             ]
+    for dtype in ("bfloat16", "float16"):
+        for task in TASKS[:2]:
+            cases += [Case("delta", task, T=4096, H=8, K=64, V=64, dtype=dtype, alone=True)]
     cases += [Case("delta", T=65536, K=64, V=64, every_thread_count=True)]
     cases += [Case("softmax", T=tokens, H=8, K=64, V=64) for tokens in (4096, 1024)]
     for rule, decay in rules[:3]:
         cases += [Case(rule, "step", decay, H=32, K=128, V=128)]
-    cases += [Case("delta", "step", B=32, H=32, K=128, V=128)]  # 64 MiB of states, more than a cache
+    # 64 MiB of states, more than a cache
+    cases += [Case("delta", "step", B=32, H=32, K=128, V=128), Case("delta", "step", B=128, H=32, K=64, V=64)]
     cases += [Case("delta", "step", K=64, V=64)]  # little but the call itself
     return cases
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from peers import PEERS, Prepared, Unsupported
-from registry import TOLERANCE, Case, errors
+from registry import Case, errors
 
 Answer = dict[str, Any]
 
@@ -53,7 +53,7 @@ class Server:
         if exact is not None:
             with np.load(exact) as expected:
                 worst = errors(case, prepared.results(), expected)
-            wrong = {name: error for name, error in worst.items() if not error <= TOLERANCE[case.task]}
+            wrong = {name: error for name, error in worst.items() if not error <= case.tolerance}
             if wrong:
                 return {"errors": worst, "refused": "out of tolerance: " + _named(wrong)}
         seconds = _seconds(prepared.call, 1)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from registry import Array, Case, Inputs, inputs
+from registry import Array, Case, Inputs, aligned, inputs
 
 import fwp_core as fwp
 from fwp_core import _core
@@ -49,7 +49,7 @@ def _forward(case: Case, x: Inputs) -> Prepared:
 def _forward_backward(case: Case, x: Inputs) -> Prepared:
     out = _outputs(case, x)
     arrays = (x.q, x.k, x.v, x.beta, x.g, None)
-    gradients = fwp.Gradients(*(None if array is None else np.full_like(array, np.nan) for array in arrays))
+    gradients = fwp.Gradients(*(None if array is None else _nan_like(array) for array in arrays))
 
     def call() -> None:
         _, pullback = fwp.vjp(SCAN[case.rule], x.q, x.k, x.v, x.beta, x.g, scale=case.scale, **out)
@@ -62,13 +62,17 @@ def _forward_backward(case: Case, x: Inputs) -> Prepared:
     return Prepared(call, results)
 
 
+def _nan_like(array: Array) -> Array:
+    return aligned(np.broadcast_to(np.nan, array.shape), array.dtype)
+
+
 def _outputs(case: Case, x: Inputs) -> dict[str, Array]:
-    state = np.full((case.B, case.H, case.K, case.V), np.nan, np.float32)
-    return {"out": np.full_like(x.v, np.nan), "final_state_out": state}
+    state = aligned(np.full((case.B, case.H, case.K, case.V), np.nan), "float32")
+    return {"out": _nan_like(x.v), "final_state_out": state}
 
 
 def _step(case: Case, x: Inputs) -> Prepared:
-    state, o = x.state.copy(), np.full_like(x.v, np.nan)
+    state, o = aligned(x.state, "float32"), _nan_like(x.v)
     options = {"state": state, "scale": case.scale, "out": o}
     call = partial(STEP[case.rule], x.q, x.k, x.v, x.beta, x.g, **options)
     return Prepared(call, lambda: {"o": o, "state": state})
