@@ -28,7 +28,7 @@ SYMBOLS = list(range(20, 601, 20))
 PROTOCOL = sweep.Protocol(replacement=False)
 FORMS = {"fast-weight": FastWeight, "attention": OneQuestion}
 
-QUICK_SYMBOLS = [10, 20, 40, 60, 80]
+QUICK_SYMBOLS = [10, 20, 40, 60]
 QUICK_PROTOCOL = sweep.Protocol(replacement=False, key_size=16, max_steps=600)
 
 
