@@ -193,7 +193,7 @@ def test_reset_passes_nothing_back(isa, rule, decay):
 def test_gradient_of_the_parts_is_the_gradient_of_the_whole(isa, rule, decay, cut):
     """The state goes forward from part to part, its gradient comes back."""
     case = make_case(rule, decay, T=20, V=20, dtype=np.float64)
-    first, second = (slice_of_time(case, span) for span in (slice(None, cut), slice(cut, None)))
+    first, second = (case.at(span) for span in (slice(None, cut), slice(cut, None)))
     second = second.but(initial_state=scan(first)[1])
     after = gradients(second)
     before = gradients(first.but(dfinal_state=after.dinitial_state))
@@ -204,11 +204,6 @@ def test_gradient_of_the_parts_is_the_gradient_of_the_whole(isa, rule, decay, cu
         if z is not None:
             assert relative_error(np.concatenate([x, y], axis=1), z) < 1e-12, name
     assert relative_error(before.dinitial_state, whole.dinitial_state) < 1e-12
-
-
-def slice_of_time(case, span):
-    names = ("q", "k", "v", "beta", "g", "do")
-    return case.but(**{name: x[:, span] for name, x in case.arrays.items() if name in names})
 
 
 @all_scans
@@ -293,7 +288,7 @@ def test_packed_sequences_are_a_loop_over_sequences(isa, rule, decay):
     case = make_case(rule, decay, lengths=(7, 0, 1, 13, 6), heads=(2, 1, 2), V=40)
     whole = gradients(case)
     for n, (start, end) in enumerate(zip(case.cu_seqlens[:-1], case.cu_seqlens[1:], strict=True)):
-        alone = slice_of_time(case, slice(start, end)).but(
+        alone = case.at(slice(start, end)).but(
             initial_state=case.initial_state[n : n + 1],
             dfinal_state=case.dfinal_state[n : n + 1],
             cu_seqlens=None,

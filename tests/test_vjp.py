@@ -5,7 +5,7 @@ import weakref
 
 import numpy as np
 import pytest
-from cases import DECAYS, RULES, SCAN, exact_gradients, gradients, make_case, scan
+from cases import DECAYS, RULES, exact_gradients, gradients, make_case, scan, vjp
 from hypothesis import given
 from strategies import cases
 from tolerances import assert_bits_equal, assert_gradients_bits_equal, assert_gradients_close
@@ -13,10 +13,6 @@ from tolerances import assert_bits_equal, assert_gradients_bits_equal, assert_gr
 import fwp_core as fwp
 
 all_scans = pytest.mark.parametrize(("rule", "decay"), [(rule, decay) for rule in RULES for decay in DECAYS])
-
-
-def vjp(case, **options):
-    return fwp.vjp(SCAN[case.rule], *case.inputs, **case.options, **options)
 
 
 @given(case=cases())
