@@ -106,7 +106,7 @@ class Case:
     def __repr__(self):
         shapes = {name: x.shape for name, x in self.arrays.items()}
         packed = None if self.cu_seqlens is None else list(self.cu_seqlens)
-        features = (self.feature_map, self.qk_norm, self.attention_norm, self.eps)
+        features = self.features(lambda spec: spec and tuple(getattr(x, "shape", x) for x in spec))
         return f"Case({self.rule}, {self.q.dtype}, {shapes}, {packed}, scale={self.scale}, {features})"
 
 
@@ -122,6 +122,18 @@ def exact_map(feature_map):
         return None
     name, *arguments = feature_map
     return getattr(oracle_features, name)(*arguments)
+
+
+def with_projection(feature_map, K, dtype, rng):
+    """The map with a projection drawn where it is FAVOR with m rows."""
+    if not is_favor(feature_map):
+        return feature_map
+    name, m, *more = feature_map
+    return (name, rng.standard_normal((m, K)).astype(dtype), *more)
+
+
+def is_favor(feature_map):
+    return feature_map is not None and feature_map[0] == "FAVOR"
 
 
 def size_of_features(feature_map, K):
@@ -171,9 +183,7 @@ def make_case(
     def normal(*shape, dtype=dtype):
         return rng.standard_normal(shape).astype(dtype)
 
-    if feature_map and feature_map[0] == "FAVOR":
-        name, m, *more = feature_map
-        feature_map = (name, normal(m, K, dtype=wide), *more)
+    feature_map = with_projection(feature_map, K, wide, rng)
     phi = oracle_features.features(exact_map(feature_map), qk_norm)
     S = (N, H, size_of_features(feature_map, K), V + attention_norm)
 
@@ -220,8 +230,7 @@ def well_conditioned(x, feature_map, positive):
 
     Only FAVOR, whose features are exponentials of -|x|^2 / 2, has unit vectors.
     """
-    favor = feature_map is not None and feature_map[0] == "FAVOR"
-    x = unit(x) if favor else x + np.copysign(x.dtype.type(0.5), x)
+    x = unit(x) if is_favor(feature_map) else x + np.copysign(x.dtype.type(0.5), x)
     return np.abs(x) if positive else x
 
 

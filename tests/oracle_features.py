@@ -1,8 +1,8 @@
 """Feature maps and norms of the oracle: the value at each row, and the vector-Jacobian product by hand.
 
 Sources: Schlag, Irie, Schmidhuber 2021, eqs. 29 (sum), 31-32 (FAVOR+), 37 (DPFP, in the index order of the
-official code). A row is the last axis. As in oracle.py all operations are analytic, so that complex steps check
-the products; NaN at a kink gives NaN there. Nothing here knows of the library.
+official code). A row is the last axis. As in oracle.py all operations are analytic, so that complex steps can
+check the products; NaN at a kink gives NaN there. Nothing here knows of the library.
 """
 
 from collections.abc import Callable

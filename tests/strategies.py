@@ -34,7 +34,8 @@ def cases(draw, *, rules=RULES, decays=DECAYS, dtypes=DTYPES, times=TIMES, sizes
         "seed": st.integers(0, 2**16),
     }
     drawn = {name: draw(values) for name, values in options.items() if name not in fixed}
-    return make_case(draw(st.sampled_from(rules)), draw(st.sampled_from(decays)), dtype=dtype, **drawn, **fixed)
+    rule, decay = draw(st.sampled_from(rules)), draw(st.sampled_from(decays))
+    return make_case(rule, decay, dtype=dtype, **drawn, **fixed)
 
 
 @st.composite
