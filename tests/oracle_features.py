@@ -82,7 +82,7 @@ def DPFP(nu=1):
 def FAVOR(projection, eps=0.0):
     """exp(+-R x - |x|^2 / 2) + eps, over sqrt(2 m), with R = projection [m,K_in]."""
     R = projection.astype(np.float64)
-    root = np.sqrt(2 * len(R)) if len(R) else 1
+    root = np.sqrt(2 * len(R))
 
     def exponentials(x):
         half = _sum(x * x) / 2

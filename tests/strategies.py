@@ -42,7 +42,7 @@ def cases(draw, *, rules=RULES, decays=DECAYS, dtypes=DTYPES, times=TIMES, sizes
 def feature_cases(draw, *, maps=(None, *MAPS), norms=NORMS, **fixed):
     """A Case with a feature map, a norm of queries and keys, or none of both."""
     K = draw(st.sampled_from(FEATURE_SIZES))
-    possible = [phi for phi in maps if phi is None or phi[0] != "DPFP" or phi[1] < 2 * K]
+    possible = [phi for phi in maps if phi is None or phi[0] != "DPFP" or phi[1] < max(2 * K, 2)]
     features = {"feature_map": draw(st.sampled_from(possible)), "qk_norm": draw(st.sampled_from(norms))}
     fixed = {"times": FEATURE_TIMES, "sizes": FEATURE_SIZES} | fixed
     return draw(cases(K=K, **features, **fixed))

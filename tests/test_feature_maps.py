@@ -112,10 +112,9 @@ def test_halves_are_float32_rounded_once(isa, dtype, drawn):
         (("ReLU",), {0: 0, 1: 1, 7: 7}),
         (("ELU1",), {0: 0, 1: 1, 7: 7}),
         (("Softmax",), {0: 0, 1: 1, 7: 7}),
-        (("DPFP",), {1: 2, 7: 14}),
+        (("DPFP",), {0: 0, 1: 2, 7: 14}),
         (("DPFP", 3), {2: 12, 7: 42}),
         (("FAVOR", np.zeros((5, 7), np.float32)), {7: 10}),
-        (("FAVOR", np.zeros((0, 7), np.float32)), {7: 0}),
         (("FAVOR", np.zeros((5, 0), np.float32)), {0: 10}),
     ],
     ids=str,
@@ -448,8 +447,10 @@ X, DY = np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32)
 BAD_MAPS = [
     (fwp.ArgumentError, "nu", lambda: feature_maps.DPFP(0)),
     (fwp.ArgumentError, "nu", lambda: feature_maps.DPFP(-1)),
-    (fwp.ArgumentError, "nu", lambda: feature_maps.DPFP(1).dim(0)),
-    (fwp.ArgumentError, "nu", lambda: feature_maps.DPFP(1)(X[:, :0])),
+    (fwp.ArgumentError, "feature_map", lambda: feature_maps.DPFP(2).dim(0)),
+    (fwp.ArgumentError, "feature_map", lambda: feature_maps.DPFP(2)(X[:, :0])),
+    (fwp.ArgumentError, "feature_map", lambda: feature_maps.DPFP(6).backward(X, X)),
+    (fwp.ArgumentError, "n", lambda: feature_maps.ReLU().dim(-1)),
     (fwp.DTypeError, "nu", lambda: feature_maps.DPFP(1.0)),
     (fwp.DTypeError, "nu", lambda: feature_maps.DPFP("1")),
     (fwp.DTypeError, "nu", lambda: feature_maps.DPFP(None)),
@@ -461,6 +462,7 @@ BAD_MAPS = [
     (fwp.DTypeError, "projection", lambda: feature_maps.FAVOR(np.ma.array(X))),
     (fwp.ShapeError, "projection", lambda: feature_maps.FAVOR(X[0])),
     (fwp.ShapeError, "projection", lambda: feature_maps.FAVOR(X[None])),
+    (fwp.ShapeError, "projection", lambda: feature_maps.FAVOR(X[:0])),
     (fwp.ArgumentError, "eps", lambda: feature_maps.FAVOR(X, eps=-1e-4)),
     (fwp.ArgumentError, "eps", lambda: feature_maps.FAVOR(X, eps=np.nan)),
     (fwp.ArgumentError, "eps", lambda: feature_maps.FAVOR(X, eps=np.inf)),
@@ -473,7 +475,7 @@ BAD_MAPS = [
     (fwp.DTypeError, "dtype", lambda: feature_maps.orthogonal_gaussian(3, 3, 0, dtype=np.float16)),
     (fwp.DTypeError, "m", lambda: feature_maps.orthogonal_gaussian(3.0, 3, 0)),
     (fwp.ArgumentError, "m", lambda: feature_maps.orthogonal_gaussian(-1, 3, 0)),
-    (fwp.ArgumentError, "K", lambda: feature_maps.orthogonal_gaussian(3, -1, 0)),
+    (fwp.ArgumentError, "n", lambda: feature_maps.orthogonal_gaussian(3, -1, 0)),
 ]
 
 

@@ -170,14 +170,6 @@ def test_zero_sizes(isa, rule, feature_map, qk_norm, name):
         assert_bits_equal(scan(case)[1], case.initial_state)
 
 
-def test_projections_without_rows(isa):
-    """m = 0: no features, and nothing to read."""
-    case = make_case("delta", feature_map=("FAVOR", 0))
-    assert case.initial_state.shape == (2, 2, 0, 16)
-    assert not np.any(scan(case)[0])
-    checks.gradients_are_the_oracles(case)
-
-
 # Norms at their limits.
 
 
