@@ -6,6 +6,7 @@
 namespace fwp::python {
 
 void bind_config(pybind11::module_& m);
+void bind_features(pybind11::module_& m);
 void bind_scan(pybind11::module_& m);
 
 }  // namespace fwp::python

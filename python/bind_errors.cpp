@@ -26,6 +26,8 @@ constexpr std::pair<const char*, const char*> kNames[] = {
     {"dg", "out.dg"},
     {"dbeta", "out.dbeta"},
     {"dh0", "out.dinitial_state"},
+    {"d_y", "dy"},
+    {"d_x", "dx"},
 };
 
 std::string python_name(const std::string& word) {

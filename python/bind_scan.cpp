@@ -9,6 +9,7 @@
 
 #include "bind.hpp"
 #include "errors.hpp"
+#include "features.hpp"
 #include "fwp/fwp.h"
 #include "numpy.hpp"
 
@@ -86,9 +87,44 @@ bool on_main_thread() {
   return main_thread.get_stored()().attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
 }
 
-fwp_options scan_options(py::handle scale) {
-  return {sizeof(fwp_options), number("scale", scale), on_main_thread() ? poll_signals : nullptr, nullptr};
+int qk_norm_of(py::handle object) {
+  if (object.is_none()) return FWP_NORM_NONE;
+  if (PyUnicode_Check(object.ptr()) == 0)
+    raise(FWP_DTYPE_ERROR, std::string("qk_norm: expected None, 'sum' or 'l2', got ") + Py_TYPE(object.ptr())->tp_name);
+  if (PyUnicode_CompareWithASCIIString(object.ptr(), "sum") == 0) return FWP_NORM_SUM;
+  if (PyUnicode_CompareWithASCIIString(object.ptr(), "l2") == 0) return FWP_NORM_L2;
+  raise(FWP_ARGUMENT_ERROR, "qk_norm: expected None, 'sum' or 'l2', got " +
+                                std::string(py::repr(py::reinterpret_borrow<py::object>(object))));
 }
+
+// The options of a call as its caller gives them.
+struct OptionArgs {
+  py::handle feature_map, qk_norm, attention_norm, eps, scale;
+
+  fwp_options read(bool interruptible) const {
+    fwp_options options FWP_OPTIONS_INIT;
+    options.scale = number("scale", scale);
+    options.interrupt = interruptible && on_main_thread() ? poll_signals : nullptr;
+    if (const FeatureMap* const map = python::feature_map(feature_map)) options.feature_map = map->tensors();
+    options.qk_norm = qk_norm_of(qk_norm);
+    if (PyBool_Check(attention_norm.ptr()) == 0)
+      raise(FWP_DTYPE_ERROR,
+            std::string("attention_norm: expected True or False, got ") + Py_TYPE(attention_norm.ptr())->tp_name);
+    options.attention_norm = attention_norm.ptr() == Py_True ? 1 : 0;
+    options.eps = number("eps", eps);
+    return options;
+  }
+};
+
+// Sizes of a state's last axes.
+struct StateShape {
+  int64_t K, columns;
+
+  StateShape(const fwp_options& options, const Array& q, const Array& v)
+      : K(q.size(q.rank() - 1)), columns(v.size(v.rank() - 1) + options.attention_norm) {
+    if (options.feature_map != nullptr) check_scan(fwp_feature_size(options.feature_map, K, &K));
+  }
+};
 
 // Checks the inputs of a scan, before any result is made; returns the number of elements of its checkpoints.
 int64_t check_inputs(const Inputs& in, const fwp_options& options) {
@@ -119,13 +155,14 @@ void run(const Call& call, Inputs& inputs, std::initializer_list<Array*> others)
 
 // Returns (o, final_state, checkpoints), the last None unless asked for.
 template <const Rule& rule>
-py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g, py::handle scale,
+py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g, py::handle feature_map,
+                  py::handle qk_norm, py::handle attention_norm, py::handle eps, py::handle scale,
                   py::handle initial_state, py::handle cu_seqlens, py::handle out, py::handle final_state_out,
                   bool with_checkpoints) {
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
-  const fwp_options options = scan_options(scale);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(true);
 
   const int64_t elements = check_inputs(in, options);
 
@@ -134,7 +171,10 @@ py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py:
   o.write_optional("out", out);
   final_state.write_optional("final_state_out", final_state_out);
   if (!o.present()) o.make({in.v.size(0), in.v.size(1), in.heads(), in.v.size(3)}, dtype);
-  if (!final_state.present()) final_state.make({in.sequences(), in.heads(), in.q.size(3), in.v.size(3)}, state_dtype);
+  if (!final_state.present()) {
+    const StateShape state(options, in.q, in.v);
+    final_state.make({in.sequences(), in.heads(), state.K, state.columns}, state_dtype);
+  }
   if (with_checkpoints) checkpoints.make({elements}, state_dtype);
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
@@ -158,12 +198,13 @@ py::object item(py::handle gradients, size_t i) {
 // Takes and returns the six gradients in this order; None where the input is absent.
 template <const Rule& rule>
 py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g,
-                   py::handle dfinal_state, py::handle out, py::handle scale, py::handle initial_state,
+                   py::handle dfinal_state, py::handle out, py::handle feature_map, py::handle qk_norm,
+                   py::handle attention_norm, py::handle eps, py::handle scale, py::handle initial_state,
                    py::handle cu_seqlens, py::handle checkpoints) {
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
-  const fwp_options options = scan_options(scale);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(true);
   check_inputs(in, options);
 
   Array cotangent, final_cotangent, kept;
@@ -191,10 +232,11 @@ py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py:
 
 template <const Rule& rule>
 py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g, py::handle state,
-                py::handle state_indices, py::handle scale, py::handle out) {
+                py::handle state_indices, py::handle feature_map, py::handle qk_norm, py::handle attention_norm,
+                py::handle eps, py::handle scale, py::handle out) {
   Inputs in(rule, q, k, v, beta, g);
   in.state_indices.read_integers("state_indices", state_indices);
-  const fwp_options options{sizeof options, number("scale", scale), nullptr, nullptr};
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(false);
   Array S, o;
   S.write("state", state);
   o.write_optional("out", out);

@@ -9,5 +9,6 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   options.disable_function_signatures();
   fwp::python::bind_errors(m);
   fwp::python::bind_config(m);
+  fwp::python::bind_features(m);
   fwp::python::bind_scan(m);
 }

@@ -1,7 +1,7 @@
 """Hypothesis strategies: cases of every size and option, and every way an array can lie in memory."""
 
 import numpy as np
-from cases import DECAYS, DTYPES, GATES, RULES, make_case
+from cases import DECAYS, DTYPES, GATES, MAPS, NORMS, RULES, make_case
 from hypothesis import strategies as st
 
 # Around the block of tokens (about 6), the value tile (16 to 64) and whatever else may have an edge.
@@ -10,11 +10,14 @@ SIZES = (0, 1, 3, 5, 8, 16, 17, 31, 33, 64, 65, 100)
 HEADS = ((1, 1, 1), (2, 2, 2), (1, 4, 2), (6, 2, 3), (4, 1, 4), (0, 0, 0))
 LENGTHS = ((), (0,), (5,), (0, 7, 0), (1, 1, 6, 0, 13), (33, 2))
 SCALES = (1.0, 0.125, -2.0)
+# With feature maps, of which the largest makes six features of an entry.
+FEATURE_TIMES = (0, 1, 2, 5, 7, 13, 31)
+FEATURE_SIZES = (0, 1, 3, 8, 17, 33)
 
 
 @st.composite
 def cases(draw, *, rules=RULES, decays=DECAYS, dtypes=DTYPES, times=TIMES, sizes=SIZES, gates=GATES, **fixed):
-    """A Case; keyword arguments of make_case may be fixed."""
+    """A Case without features and norms; keyword arguments of make_case may be fixed."""
     dtype = draw(st.sampled_from(dtypes))
     options = {
         "B": st.integers(0, 3),
@@ -30,8 +33,19 @@ def cases(draw, *, rules=RULES, decays=DECAYS, dtypes=DTYPES, times=TIMES, sizes
         "scale": st.sampled_from(SCALES),
         "seed": st.integers(0, 2**16),
     }
-    drawn = {name: fixed[name] if name in fixed else draw(values) for name, values in options.items()}
-    return make_case(draw(st.sampled_from(rules)), draw(st.sampled_from(decays)), dtype=dtype, **drawn)
+    drawn = {name: draw(values) for name, values in options.items() if name not in fixed}
+    rule, decay = draw(st.sampled_from(rules)), draw(st.sampled_from(decays))
+    return make_case(rule, decay, dtype=dtype, **drawn, **fixed)
+
+
+@st.composite
+def feature_cases(draw, *, maps=(None, *MAPS), norms=NORMS, **fixed):
+    """A Case with a feature map, a norm of queries and keys, or none of both."""
+    K = draw(st.sampled_from(FEATURE_SIZES))
+    possible = [phi for phi in maps if phi is None or phi[0] != "DPFP" or phi[1] < max(2 * K, 2)]
+    features = {"feature_map": draw(st.sampled_from(possible)), "qk_norm": draw(st.sampled_from(norms))}
+    fixed = {"times": FEATURE_TIMES, "sizes": FEATURE_SIZES} | fixed
+    return draw(cases(K=K, **features, **fixed))
 
 
 # A layout takes an array [B,T,H,...] or [N,H,K,V] and makes one of the same values that lies differently in

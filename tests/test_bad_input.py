@@ -573,7 +573,7 @@ def test_signature(function):
     positional = [arguments.pop(name) for name in (["do"] if "do" in arguments else []) + ["q", "k", "v"]]
     with pytest.raises(TypeError, match="positional"):
         function.call(*positional, arguments.pop("beta"), arguments.pop("g"), 1.0, **arguments)
-    refused(function, good(function) | {"eps": 1e-6}, TypeError)
+    refused(function, good(function) | {"epsilon": 1e-6}, TypeError)
     if function.needs_beta:
         without = good(function)
         del without["beta"]

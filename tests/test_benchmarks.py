@@ -132,6 +132,20 @@ def test_inputs_are_the_same_in_every_process():
 # the exact results
 
 
+@pytest.mark.parametrize("rule", registry.FAST_WEIGHT_RULES)
+def test_exact_gradients_do_not_depend_on_pieces(rule):
+    case = Case(rule, "forward+backward", decay="scalar", T=23, H=2, K=5, V=4)
+    x = [None if array is None else array.astype(np.float64) for array in registry.inputs(case).values()]
+    whole, pieces = (registry._exact_gradients(case, x[5], *x[:5], tokens=n) for n in (23, 7))
+    assert (
+        whole.keys()
+        == pieces.keys()
+        == ({"dq", "dk", "dv", "dbeta", "dg"} - ({"dbeta"} if rule == "linear" else set()))
+    )
+    for name, array in whole.items():
+        np.testing.assert_allclose(pieces[name], array, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("case", [case for case in TINY_SCANS if not case.query_heads], ids=name_of)
 def test_exact_results_are_those_of_the_specification(case):
     x, expected = registry.inputs(case), registry.exact(case)

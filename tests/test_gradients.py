@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
-from cases import DECAYS, PRECISE, RULES, exact_gradients, exact_scan, gradients, make_case, scan
+from cases import DECAYS, PRECISE, RULES, exact_gradients, gradients, make_case, scan
+from checks import (
+    INPUTS,
+    gradients_are_central_differences,
+    gradients_are_the_adjoint,
+    gradients_are_the_oracles,
+)
 from hypothesis import given
 from strategies import cases
 from tolerances import (
-    ADJOINT,
-    CENTRAL_DIFFERENCE,
-    CENTRAL_STEP,
     TOLERANCE,
     assert_bits_equal,
     assert_gradients_bits_equal,
@@ -19,46 +22,36 @@ from tolerances import (
 import fwp_core as fwp
 from fwp_core import reference
 
-INPUTS = ("q", "k", "v", "beta", "g", "initial_state")
 all_scans = pytest.mark.parametrize(("rule", "decay"), [(rule, decay) for rule in RULES for decay in DECAYS])
-
-
-def check(case):
-    result = gradients(case)
-    for name, gradient in zip(INPUTS, result, strict=True):
-        x = getattr(case, name)
-        if x is not None:
-            assert gradient.dtype == x.dtype, name
-    assert_gradients_close(result, exact_gradients(case))
 
 
 @given(case=cases())
 def test_match_oracle(isa, case):
-    check(case)
+    gradients_are_the_oracles(case)
 
 
 @pytest.mark.slow
 @given(case=cases(sizes=(2, 7, 63, 65, 127, 128, 129, 255, 257)))
 def test_match_oracle_at_large_sizes(isa, case):
-    check(case)
+    gradients_are_the_oracles(case)
 
 
 @all_scans
 def test_every_value_size_and_remainder_of_time(isa, rule, decay):
     for V in range(1, 70, 2):
-        check(make_case(rule, decay, B=1, T=V % 14, heads=(1, 1, 1), K=1 + V % 9, V=V))
+        gradients_are_the_oracles(make_case(rule, decay, B=1, T=V % 14, heads=(1, 1, 1), K=1 + V % 9, V=V))
 
 
 @all_scans
 def test_every_key_size(isa, rule, decay):
     for K in range(2, 70, 3):
-        check(make_case(rule, decay, B=1, T=7, heads=(1, 1, 1), K=K, V=1 + K % 5))
+        gradients_are_the_oracles(make_case(rule, decay, B=1, T=7, heads=(1, 1, 1), K=K, V=1 + K % 5))
 
 
 @all_scans
 def test_long_sequence(isa, rule, decay):
     """Past any spacing of checkpoints, a block's remainder at the end."""
-    check(make_case(rule, decay, B=1, T=1030, heads=(1, 1, 1), K=20, V=18))
+    gradients_are_the_oracles(make_case(rule, decay, B=1, T=1030, heads=(1, 1, 1), K=20, V=18))
 
 
 @pytest.mark.parametrize("gate", ["reset", "strong", "mixed"])
@@ -69,7 +62,7 @@ def test_long_sequence_with_strong_gates(isa, rule, decay, gate):
     case = make_case(rule, decay, lengths=(400, 1, 0, 230), heads=(1, 2, 1), K=20, V=18, gate=gate)
     if gate == "reset":
         case.g[:, 100:130] = -np.inf
-    check(case)
+    gradients_are_the_oracles(case)
 
 
 @all_scans
@@ -81,27 +74,10 @@ def test_float64_to_the_promised_digits(isa, rule, decay):
             assert relative_error(x, y) < 1e-12
 
 
-def loss(case):
-    o, final_state = scan(case)
-    return np.sum(o * case.do) + np.sum(final_state * case.dfinal_state)
-
-
 @all_scans
 def test_match_central_differences_of_the_library(isa, rule, decay):
-    """Element by element, with nothing but the library's own forward."""
     case = make_case(rule, decay, B=1, heads=(2, 1, 2), T=8, K=4, V=3, dtype=np.float64, scale=0.5)
-    for name, gradient in zip(INPUTS, gradients(case), strict=True):
-        x = getattr(case, name)
-        if x is None:
-            continue
-        differences = np.empty(x.shape)
-        for index in np.ndindex(x.shape):
-            ahead, behind = x.copy(), x.copy()
-            ahead[index] += CENTRAL_STEP
-            behind[index] -= CENTRAL_STEP
-            rise = loss(case.but(**{name: ahead})) - loss(case.but(**{name: behind}))
-            differences[index] = rise / (2 * CENTRAL_STEP)
-        assert relative_error(gradient, differences) < CENTRAL_DIFFERENCE, name
+    gradients_are_central_differences(case)
 
 
 @all_scans
@@ -124,18 +100,7 @@ def test_match_the_gradient_of_the_attention_form(rule, decay):
 
 @given(case=cases(dtypes=(np.float64,), sizes=(1, 3, 8, 17), gate_dtype=np.float64))
 def test_adjoint_identity(isa, case):
-    """<d, J dx> = <J^T d, dx> over all inputs and both outputs jointly; J dx is the oracle's complex step."""
-    rng = np.random.default_rng(1)
-    directions = {name: rng.standard_normal(getattr(case, name).shape) for name in case.arrays}
-    moved = case.but(**{name: getattr(case, name) + 1e-30j * directions[name] for name in directions})
-    forward = [x.imag / 1e-30 for x in exact_scan(moved)]
-    incoming = [case.do, np.zeros_like(forward[1]) if case.dfinal_state is None else case.dfinal_state]
-    left = sum(np.sum(x * y) for x, y in zip(forward, incoming, strict=True))
-    named = dict(zip(INPUTS, gradients(case), strict=True))
-    terms = [np.sum(named[name] * directions[name]) for name in INPUTS if named[name] is not None]
-    size = np.sqrt(sum(np.sum(x**2) for x in forward) * sum(np.sum(x**2) for x in incoming))
-    size += np.sqrt(sum(np.sum(x**2) for x in named.values() if x is not None)) + np.sum(np.abs(terms))
-    assert abs(left - sum(terms)) <= ADJOINT * size
+    gradients_are_the_adjoint(case)
 
 
 # Gates that forget almost everything in one token. dg = q.dq - k.dk would cancel here.
@@ -193,7 +158,7 @@ def test_reset_passes_nothing_back(isa, rule, decay):
 def test_gradient_of_the_parts_is_the_gradient_of_the_whole(isa, rule, decay, cut):
     """The state goes forward from part to part, its gradient comes back."""
     case = make_case(rule, decay, T=20, V=20, dtype=np.float64)
-    first, second = (slice_of_time(case, span) for span in (slice(None, cut), slice(cut, None)))
+    first, second = (case.at(span) for span in (slice(None, cut), slice(cut, None)))
     second = second.but(initial_state=scan(first)[1])
     after = gradients(second)
     before = gradients(first.but(dfinal_state=after.dinitial_state))
@@ -204,11 +169,6 @@ def test_gradient_of_the_parts_is_the_gradient_of_the_whole(isa, rule, decay, cu
         if z is not None:
             assert relative_error(np.concatenate([x, y], axis=1), z) < 1e-12, name
     assert relative_error(before.dinitial_state, whole.dinitial_state) < 1e-12
-
-
-def slice_of_time(case, span):
-    names = ("q", "k", "v", "beta", "g", "do")
-    return case.but(**{name: x[:, span] for name, x in case.arrays.items() if name in names})
 
 
 @all_scans
@@ -252,7 +212,7 @@ def test_absent_inputs_have_no_gradient(isa, rule):
     assert result.dg is None
     assert result.dinitial_state is None
     assert (result.dbeta is None) == (rule == "linear")
-    check(case)
+    gradients_are_the_oracles(case)
 
 
 @all_scans
@@ -265,14 +225,14 @@ def test_no_final_gradient_is_a_zero_one(isa, rule, decay):
 @all_scans
 def test_only_the_final_state_is_used(isa, rule, decay):
     case = make_case(rule, decay, T=14, V=9)
-    check(case.but(do=np.zeros_like(case.do)))
+    gradients_are_the_oracles(case.but(do=np.zeros_like(case.do)))
 
 
 def test_gradient_at_beta_zero(isa):
     """dbeta needs the error, which cannot be got back from what was written when beta is 0."""
     case = make_case("delta", "scalar", T=20, dtype=np.float64)
     case.beta[:, ::2] = 0
-    check(case)
+    gradients_are_the_oracles(case)
     assert np.all(gradients(case).dbeta[:, ::2] != 0)
 
 
@@ -293,7 +253,7 @@ def test_packed_sequences_are_a_loop_over_sequences(isa, rule, decay):
     case = make_case(rule, decay, lengths=(7, 0, 1, 13, 6), heads=(2, 1, 2), V=40)
     whole = gradients(case)
     for n, (start, end) in enumerate(zip(case.cu_seqlens[:-1], case.cu_seqlens[1:], strict=True)):
-        alone = slice_of_time(case, slice(start, end)).but(
+        alone = case.at(slice(start, end)).but(
             initial_state=case.initial_state[n : n + 1],
             dfinal_state=case.dfinal_state[n : n + 1],
             cu_seqlens=None,

@@ -39,6 +39,35 @@ def test_memory_does_not_grow_with_tokens_times_state():
     assert float(done.stdout) < 120, done.stderr
 
 
+# Features are six times as wide as keys and values.
+FUSED_AND_NOT = """
+import resource
+import numpy as np
+import fwp_core as fwp
+from cases import gradients, library_map, make_case, scan
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+case = make_case("delta", B=1, T=8192, heads=(2, 2, 2), K=64, V=64, feature_map=("DPFP", 3), qk_norm="sum",
+                 state=False)
+phi = library_map(case.feature_map)
+call = {call}
+call(case.at(slice(0, 1)))
+before = peak()
+results = call(case)
+fused = peak() - before
+results = call(case.but(feature_map=None, q=phi(case.q), k=phi(case.k)))
+print(fused / (peak() - before))
+"""
+
+
+@pytest.mark.parametrize(("call", "most"), [("scan", 1 / 3), ("gradients", 1 / 2)])
+def test_features_are_never_held_for_all_tokens(call, most):
+    done = run_python(FUSED_AND_NOT.format(call=call))
+    assert float(done.stdout) < most, done.stderr
+
+
 NO_MEMORY = """
 import resource
 import numpy as np

@@ -3,20 +3,25 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import DECAYS, DTYPES, PRECISE, RULES, exact_gradients, exact_scan, gradients, make_case, scan
+from cases import (
+    DECAYS,
+    DTYPES,
+    PER_TOKEN,
+    PRECISE,
+    RULES,
+    exact_gradients,
+    exact_scan,
+    gradients,
+    make_case,
+    scan,
+)
 from hypothesis import given
 from strategies import cases
 from tolerances import REORDERED, assert_bits_equal, assert_gradients_bits_equal, relative_error
 
 import fwp_core as fwp
 
-PER_TOKEN = ("q", "k", "v", "beta", "g", "do")
 all_scans = pytest.mark.parametrize(("rule", "decay"), [(rule, decay) for rule in RULES for decay in DECAYS])
-
-
-def tokens(case, span):
-    """The case restricted to a span of time."""
-    return case.but(**{name: x[:, span] for name, x in case.arrays.items() if name in PER_TOKEN})
 
 
 def per_token(case):
@@ -46,7 +51,7 @@ def test_a_longer_sequence_begins_like_the_shorter(isa, rule, decay, dtype):
     case = make_case(rule, decay, T=50, V=19, dtype=dtype)
     o, _ = scan(case)
     for T in range(50):
-        assert_bits_equal(scan(tokens(case, slice(T)))[0], o[:, :T], f"T={T}")
+        assert_bits_equal(scan(case.at(slice(T)))[0], o[:, :T], f"T={T}")
 
 
 @given(case=cases(times=(2, 5, 6, 7, 12, 13, 31, 65), sizes=(1, 8, 17, 33), lengths=None, state=True))
@@ -54,8 +59,8 @@ def test_a_cut_sequence_continues_from_its_state(isa, case):
     T = case.v.shape[1]
     o, final_state = scan(case)
     for cut in sorted({0, 1, T // 2, T - 1, T}):
-        first_o, state = scan(tokens(case, slice(cut)))
-        second_o, end = scan(tokens(case, slice(cut, None)).but(initial_state=state))
+        first_o, state = scan(case.at(slice(cut)))
+        second_o, end = scan(case.at(slice(cut, None)).but(initial_state=state))
         joined = np.concatenate([first_o, second_o], axis=1)
         assert relative_error(joined, o, floor=1.0) < REORDERED[o.dtype]
         assert relative_error(end, final_state, floor=1.0) < REORDERED[end.dtype]
@@ -137,7 +142,7 @@ def test_padding_by_beta_zero_and_gate_zero(isa):
     case = make_case("delta", "channel", T=20, V=33)
     case.beta[:, 12:] = 0
     case.g[:, 12:] = 0
-    state, short = scan(case)[1], scan(tokens(case, slice(12)))[1]
+    state, short = scan(case)[1], scan(case.at(slice(12)))[1]
     assert relative_error(state, short) < REORDERED[state.dtype]
 
 
@@ -204,10 +209,10 @@ def test_writing_the_same_pair_twice(isa):
     """The delta rule stores it once, the linear rule adds it twice."""
     case = make_case("delta", B=1, T=1, heads=(1, 1, 1), K=8, V=8, state=False, dtype=np.float64)
     twice = case.map(lambda x: np.repeat(x, 2, axis=1)).but(beta=np.ones((1, 2, 1)))
-    once = tokens(twice, slice(1))
+    once = twice.at(slice(1))
     assert relative_error(scan(twice)[1], scan(once)[1]) < 1e-14
     linear = twice.but(rule="linear")
-    assert_bits_equal(scan(linear)[1], 2 * scan(tokens(linear, slice(1)))[1])
+    assert_bits_equal(scan(linear)[1], 2 * scan(linear.at(slice(1)))[1])
 
 
 @all_scans
@@ -244,7 +249,7 @@ def test_distance_of_two_states_never_grows(isa):
     other = case.but(initial_state=-case.initial_state)
     distance = np.inf
     for T in range(0, 61, 3):
-        x, y = (scan(tokens(c, slice(T)))[1] for c in (case, other))
+        x, y = (scan(c.at(slice(T)))[1] for c in (case, other))
         now = np.linalg.norm(x - y)
         assert now <= distance * (1 + REORDERED[x.dtype])
         distance = now

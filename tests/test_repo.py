@@ -172,7 +172,7 @@ def test_stub_functions_take_what_the_compiled_ones_take():
 
 def test_stub_errors_have_the_bases_of_the_compiled_ones():
     for node in stub().body:
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and issubclass(getattr(_core, node.name), Exception):
             bases = [base.__name__ for base in getattr(_core, node.name).__bases__]
             assert [base.id for base in node.bases] == bases, node.name
 

@@ -5,7 +5,7 @@ import array
 import numpy as np
 import pytest
 from arguments import FUNCTIONS, accepted, good, refused
-from cases import DECAYS, DTYPES, RULES, STEP, make_case
+from cases import DECAYS, DTYPES, RULES, make_case, steps
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import LAYOUTS, cases, strided_last_axis
@@ -19,14 +19,10 @@ STEPS = pytest.mark.parametrize("name", [name for name, f in FUNCTIONS.items() i
 
 def make_pool(case, slots, seed=1):
     """States of any contents, NaN among them, which must not get anywhere."""
-    _, _, H, K, V = case.sizes
-    pool = np.random.default_rng(seed).standard_normal((slots, H, K, V)).astype(case.state_dtype)
+    shape = (slots, *case.state_shape[1:])
+    pool = np.random.default_rng(seed).standard_normal(shape).astype(case.state_dtype)
     pool[::3] = np.nan
     return pool
-
-
-def steps(case, state, **options):
-    return STEP[case.rule](*case.inputs, state=state, scale=case.scale, **options)
 
 
 def check_pool(case, pool, indices, given=None):

@@ -5,28 +5,20 @@ import weakref
 
 import numpy as np
 import pytest
-from cases import DECAYS, RULES, SCAN, exact_gradients, gradients, make_case, scan
+from cases import DECAYS, RULES, exact_gradients, gradients, make_case, vjp
+from checks import vjp_is_scan_and_backward
 from hypothesis import given
 from strategies import cases
-from tolerances import assert_bits_equal, assert_gradients_bits_equal, assert_gradients_close
+from tolerances import assert_gradients_bits_equal, assert_gradients_close
 
 import fwp_core as fwp
 
 all_scans = pytest.mark.parametrize(("rule", "decay"), [(rule, decay) for rule in RULES for decay in DECAYS])
 
 
-def vjp(case, **options):
-    return fwp.vjp(SCAN[case.rule], *case.inputs, **case.options, **options)
-
-
 @given(case=cases())
 def test_is_the_scan_and_its_backward(isa, case):
-    (o, final_state), pullback = vjp(case)
-    for x, y in zip((o, final_state), scan(case), strict=True):
-        assert_bits_equal(x, y)
-    grads = pullback(case.do, case.dfinal_state)
-    assert isinstance(grads, fwp.Gradients)
-    assert_gradients_bits_equal(grads, gradients(case))
+    vjp_is_scan_and_backward(case)
 
 
 @all_scans

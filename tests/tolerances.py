@@ -24,6 +24,10 @@ TOLERANCE = {
     ("gradient", "bfloat16"): 2.0**-8 + 8e-6,
 }
 
+# A feature, element by element: an exponential, the sum of such, and a division, at few units in the last
+# place each. The exponent of FAVOR is a difference, with as many units of its terms.
+FEATURE = {np.dtype(np.float32): 6e-7, np.dtype(np.float64): 1.2e-15}
+
 # The same result by another order of summation (a cut elsewhere, a step, linearity): two forward errors.
 REORDERED = {np.dtype(np.float32): 4e-6, np.dtype(np.float64): 1e-14}
 REORDERED |= {dtype: 2 * error + 4e-6 for dtype, error in ROUNDING.items()}

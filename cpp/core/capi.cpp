@@ -80,6 +80,13 @@ int step(Rule rule, const fwp_options* options, const fwp_inputs* inputs, const 
   });
 }
 
+void run_map(const MapCall& call, void* stream) {
+  if (stream != nullptr) fail(FWP_ARGUMENT_ERROR, "stream: expected NULL for CPU tensors, got a stream");
+  call.check_memory();
+  const Workspace memory(cpu::map_workspace(call.problem));
+  cpu::map_rows(call.problem, memory.data());
+}
+
 template <class Number>
 Number& result(const char* name, Number* pointer) {
   if (pointer == nullptr) fail(FWP_ARGUMENT_ERROR, name, ": expected a place for the result, got NULL");
@@ -159,6 +166,27 @@ int fwp_checkpoints(const fwp_options* options, const fwp_inputs* inputs, int64_
     // The linear rule, because it does without beta: the number does not depend on the rule.
     const core::Call call(Rule::linear, false, options, inputs);
     core::result("elements", elements) = cpu::checkpoint_elements(call.problem);
+  });
+}
+
+int fwp_feature_size(const fwp_feature_map* map, int64_t n, int64_t* size) noexcept {
+  return core::guarded([&] { core::result("size", size) = core::feature_size(map, n); });
+}
+
+int fwp_feature_map_fwd(const fwp_feature_map* map, const DLTensor* x, const DLTensor* y, void* stream) noexcept {
+  return core::guarded([&] {
+    core::MapCall call(map, x);
+    call.add_output(y);
+    core::run_map(call, stream);
+  });
+}
+
+int fwp_feature_map_bwd(const fwp_feature_map* map, const DLTensor* d_y, const DLTensor* x, const DLTensor* d_x,
+                        void* stream) noexcept {
+  return core::guarded([&] {
+    core::MapCall call(map, x);
+    call.add_gradients(d_y, d_x);
+    core::run_map(call, stream);
   });
 }
 

@@ -1,6 +1,7 @@
 #include "validate.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -39,7 +40,62 @@ void check_absent(const char* name, const void* given, const char* reason) {
   if (given != nullptr) fail(FWP_ARGUMENT_ERROR, name, ": expected NULL ", reason, ", got a tensor");
 }
 
+// The map, and the number of its features for rows of size n.
+Features describe(const fwp_feature_map& map, int64_t n) {
+  constexpr Map kinds[] = {Map::none, Map::relu, Map::elu1, Map::softmax, Map::dpfp, Map::favor};
+  if (map.kind < FWP_MAP_RELU || map.kind > FWP_MAP_FAVOR)
+    fail(FWP_ARGUMENT_ERROR, "feature_map: expected a kind from ", FWP_MAP_RELU, " to ", FWP_MAP_FAVOR, ", got ",
+         map.kind);
+  Features f;
+  f.map = kinds[map.kind];
+  f.inputs = f.outputs = n;
+  if (f.map == Map::dpfp) {
+    const int64_t most = std::max<int64_t>(2 * n - 1, 1);
+    if (map.nu < 1 || map.nu > most)
+      fail(FWP_ARGUMENT_ERROR, "feature_map: expected nu from 1 to ", most, " for rows of size ", n, ", got ", map.nu);
+    f.nu = map.nu;
+    const int64_t sizes[] = {2, n, f.nu};
+    check_count("feature_map", sizes, 3);
+    f.outputs = 2 * n * f.nu;
+  }
+  return f;
+}
+
+Tensor read_projection(const fwp_feature_map& map, const Axes& axes, std::initializer_list<DType> dtypes) {
+  const char* const name = "projection";
+  if (!(map.eps >= 0) || std::isinf(map.eps))
+    fail(FWP_ARGUMENT_ERROR, "feature_map: expected a finite eps of 0 or more, got ", map.eps);
+  const Tensor R = read_tensor(name, map.projection, dtypes, {axes});
+  if (R.shape[0] < 1) fail(FWP_SHAPE_ERROR, name, ": expected at least one row, got shape (0, ", R.shape[1], ")");
+  return R;
+}
+
+Features read_features(const fwp_feature_map* given, int64_t n, DType dtype, Tensor* projection) {
+  const fwp_feature_map map = read_struct<fwp_feature_map>("feature_map", given, FWP_FEATURE_MAP_INIT);
+  Features f = describe(map, n);
+  if (f.map != Map::favor) return f;
+  const Tensor R = read_projection(map, {{"m"}, {"K_in", n}}, {accumulation(dtype)});
+  if (!R.last_axis_contiguous())
+    fail(FWP_UNSUPPORTED_ERROR, R.name, ": expected a contiguous last axis, got a strided one");
+  f.directions = R.shape[0];
+  f.outputs = 2 * f.directions;
+  f.projection = R.data;
+  f.projection_stride = R.stride[0];
+  f.log_factor = -std::log(static_cast<double>(f.outputs)) / 2;
+  f.floor = map.eps / std::sqrt(static_cast<double>(f.outputs));
+  *projection = R;
+  return f;
+}
+
 }  // namespace
+
+int64_t feature_size(const fwp_feature_map* given, int64_t n) {
+  if (n < 0) fail(FWP_ARGUMENT_ERROR, "n: expected a size of 0 or more, got ", n);
+  const fwp_feature_map map = read_struct<fwp_feature_map>("feature_map", given, FWP_FEATURE_MAP_INIT);
+  const Features f = describe(map, n);
+  if (f.map != Map::favor) return f.outputs;
+  return 2 * read_projection(map, {{"m"}, {"K_in", n}}, {DType::f32, DType::f64}).shape[0];
+}
 
 std::string known_isas() {
   std::string names;
@@ -67,7 +123,8 @@ Call::Call(Rule rule, bool step, const fwp_options* options, const fwp_inputs* i
   p.threads = cpu::get_num_threads();
   if (!step) p.interrupt = {settings.interrupt, settings.interrupt_data};
 
-  read_heads(in);
+  read_options(settings);
+  read_heads(in, settings);
   read_gates(in);
   p.N = batch_;
   if (step) {
@@ -82,8 +139,22 @@ Call::Call(Rule rule, bool step, const fwp_options* options, const fwp_inputs* i
   check_sizes();
 }
 
+void Call::read_options(const fwp_options& settings) {
+  constexpr Norm norms[] = {Norm::none, Norm::sum, Norm::l2};
+  if (settings.qk_norm < FWP_NORM_NONE || settings.qk_norm > FWP_NORM_L2)
+    fail(FWP_ARGUMENT_ERROR, "qk_norm: expected a norm from ", FWP_NORM_NONE, " to ", FWP_NORM_L2, ", got ",
+         settings.qk_norm);
+  if (settings.attention_norm != 0 && settings.attention_norm != 1)
+    fail(FWP_ARGUMENT_ERROR, "attention_norm: expected 0 or 1, got ", settings.attention_norm);
+  if (settings.attention_norm == 1 && (!(settings.eps >= 0) || std::isinf(settings.eps)))
+    fail(FWP_ARGUMENT_ERROR, "eps: expected a finite number of 0 or more, got ", settings.eps);
+  problem.features.norm = norms[settings.qk_norm];
+  problem.attention_norm = settings.attention_norm == 1;
+  problem.eps = settings.eps;
+}
+
 // q decides the dtype and the sizes B, T, K that k and v must have, and in a step whether there is a T axis.
-void Call::read_heads(const fwp_inputs& in) {
+void Call::read_heads(const fwp_inputs& in, const fwp_options& settings) {
   Problem& p = problem;
   const std::initializer_list<DType> dtypes{DType::f32, DType::f64, DType::f16, DType::bf16};
   const Axes tokens{{"B"}, {"T"}, {"Hq"}, {"K"}}, token{{"B"}, {"Hq"}, {"K"}};
@@ -94,7 +165,16 @@ void Call::read_heads(const fwp_inputs& in) {
   has_time_ = q.rank == tokens.rank;
   p.T = has_time_ ? q.shape[1] : 1;
   p.K = q.shape[q.rank - 1];
-  const Tensor k = read("k", in.k, p.dtype, axes({"Hk"}, {"K", p.K}), Access::read);
+  const Norm norm = p.features.norm;
+  p.features.inputs = p.features.outputs = p.K;
+  if (settings.feature_map != nullptr) {
+    Tensor projection;
+    p.features = read_features(settings.feature_map, p.K, p.dtype, &projection);
+    p.features.norm = norm;
+    p.K = p.features.outputs;
+    add_region(projection.region, Access::read);
+  }
+  const Tensor k = read("k", in.k, p.dtype, axes({"Hk"}, key_axis()), Access::read);
   const Tensor v = read("v", in.v, p.dtype, axes({"Hv"}, {"V"}), Access::read);
   p.V = v.shape[v.rank - 1];
 
@@ -152,8 +232,8 @@ void Call::add_gradients(const fwp_gradients* gradients) {
   const auto write = [this](const char* name, const DLTensor* tensor, DType dtype, const Axes& axes) {
     return tensor != nullptr ? rows(read(name, tensor, dtype, axes, Access::write)) : Rows{};
   };
-  p.dq = write("dq", out.dq, p.dtype, axes({"Hq", q_heads_}, {"K", p.K}));
-  p.dk = write("dk", out.dk, p.dtype, axes({"Hk", k_heads_}, {"K", p.K}));
+  p.dq = write("dq", out.dq, p.dtype, axes({"Hq", q_heads_}, key_axis()));
+  p.dk = write("dk", out.dk, p.dtype, axes({"Hk", k_heads_}, key_axis()));
   p.dv = write("dv", out.dv, p.dtype, axes({"Hv", v_heads_}, {"V", p.V}));
   p.dbeta = write("dbeta", out.dbeta, p.beta.dtype, scalar);
   p.dg = write("dg", out.dg, p.g.dtype, p.decay == Decay::channel ? channel : scalar);
@@ -202,8 +282,9 @@ Tensor Call::read(const char* name, const DLTensor* tensor, DType dtype, const A
 
 States Call::read_states(const char* name, const DLTensor* tensor, Access access) {
   const Problem& p = problem;
+  const Axis columns = p.attention_norm ? Axis{"V+1", p.V + 1} : Axis{"V", p.V};
   const Axis first = has_slots() ? Axis{"S"} : Axis{p.step ? "B" : "N", p.N};
-  const Tensor x = read(name, tensor, accumulation(p.dtype), {first, {"H", p.H}, {"K", p.K}, {"V", p.V}}, access);
+  const Tensor x = read(name, tensor, accumulation(p.dtype), {first, {"H", p.H}, {"K", p.K}, columns}, access);
   need_contiguous_last_axis(x);
   slot_count_ = x.shape[0];
   return {x.data, x.stride[0], x.stride[1], x.stride[2]};
@@ -268,10 +349,12 @@ void Call::read_slots(void* memory) {
 void Call::check_sizes() const {
   const Problem& p = problem;
   const int64_t work[] = {batch_, p.T, p.H, p.K, p.V};
-  const int64_t states[] = {p.N, p.H, p.K, p.V};
+  const int64_t states[] = {p.N, p.H, p.K, p.V + 1};
   check_count("q, k, v", work, 5);
   check_count("q, k, v", states, 4);
 }
+
+Axis Call::key_axis() const { return {problem.features.map == Map::none ? "K" : "K_in", problem.features.inputs}; }
 
 Axes Call::axes(Axis heads) const {
   if (!has_time_) return {{"B", batch_}, heads};
@@ -305,6 +388,58 @@ void Call::add_region(const Region& region, Access access) {
 
 void Call::need_contiguous_last_axis(const Tensor& x) {
   if (strided_ == nullptr && !x.last_axis_contiguous()) strided_ = x.name;
+}
+
+MapCall::MapCall(const fwp_feature_map* map, const DLTensor* x) {
+  check_isa();
+  Problem& p = problem;
+  p.level = cpu::level();
+  p.threads = cpu::get_num_threads();
+  const Tensor given = read_tensor("x", x, {DType::f32, DType::f64, DType::f16, DType::bf16}, {{{"M"}, {"K_in"}}});
+  p.dtype = given.dtype;
+  p.T = given.shape[0];
+  Tensor projection;
+  p.features = read_features(map, given.shape[1], p.dtype, &projection);
+  p.K = p.features.outputs;
+  const int64_t work[] = {p.T, p.K};
+  check_count("x", work, 2);
+  p.q = rows("x", x, {"K_in", p.features.inputs});
+  if (projection.region.item != 0) inputs_.push_back(projection.region);
+}
+
+void MapCall::add_output(const DLTensor* y) {
+  problem.o = rows("y", y, {"K", problem.K});
+  output_ = inputs_.back();
+  inputs_.pop_back();
+}
+
+void MapCall::add_gradients(const DLTensor* d_y, const DLTensor* d_x) {
+  problem.d_o = rows("d_y", d_y, {"K", problem.K});
+  problem.dq = rows("d_x", d_x, {"K_in", problem.features.inputs});
+  output_ = inputs_.back();
+  inputs_.pop_back();
+}
+
+void MapCall::check_memory() const {
+  if (overlaps_itself(output_))
+    fail(FWP_ARGUMENT_ERROR, output_.name, ": expected an output without overlap, but its own elements share memory");
+  for (const Region& in : inputs_)
+    if (overlap(output_, in))
+      fail(FWP_ARGUMENT_ERROR, output_.name, ": expected an output without overlap, but it shares memory with ",
+           in.name);
+  if (strided_ != nullptr)
+    fail(FWP_UNSUPPORTED_ERROR, strided_, ": expected a contiguous last axis, got a strided one");
+}
+
+Rows MapCall::rows(const char* name, const DLTensor* tensor, Axis size) {
+  const Tensor x = read_tensor(name, tensor, {problem.dtype}, {{{"M", problem.T}, size}});
+  inputs_.push_back(x.region);
+  if (strided_ == nullptr && !x.last_axis_contiguous()) strided_ = name;
+  Rows rows;
+  rows.data = x.data;
+  rows.dtype = x.dtype;
+  rows.t = x.stride[0];
+  return rows;
 }
 
 }  // namespace fwp::core

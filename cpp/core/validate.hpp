@@ -45,7 +45,8 @@ class Call {
   enum class Access { read, write };
   static constexpr size_t kMaxRegions = 20;
 
-  void read_heads(const fwp_inputs& in);
+  void read_options(const fwp_options& settings);
+  void read_heads(const fwp_inputs& in, const fwp_options& settings);
   void read_gates(const fwp_inputs& in);
   Tensor read(const char* name, const DLTensor* tensor, std::initializer_list<DType> dtypes,
               std::initializer_list<Axes> shapes, Access access);
@@ -57,6 +58,7 @@ class Call {
   Integers read_integers(const char* name, const DLTensor* tensor, Axis axis);
   void check_sizes() const;
 
+  Axis key_axis() const;                   // of q and k
   Axes axes(Axis heads) const;             // [B,T,heads], or [B,heads] in a step of a single token
   Axes axes(Axis heads, Axis size) const;  // [B,T,heads,size]
   Rows rows(const Tensor& x);
@@ -74,6 +76,29 @@ class Call {
   size_t region_count_ = 0;
   const char* strided_ = nullptr;  // first argument whose last axis is not contiguous
 };
+
+// One feature map applied to rows by itself: x [M,n] to y [M,K], and back. problem.q is x and problem.o y, or
+// problem.d_o d_y and problem.dq d_x.
+class MapCall {
+ public:
+  MapCall(const fwp_feature_map* map, const DLTensor* x);
+
+  void add_output(const DLTensor* y);
+  void add_gradients(const DLTensor* d_y, const DLTensor* d_x);
+  void check_memory() const;
+
+  Problem problem;
+
+ private:
+  Rows rows(const char* name, const DLTensor* tensor, Axis size);
+
+  std::vector<Region> inputs_;
+  Region output_;
+  const char* strided_ = nullptr;
+};
+
+// K of a map for rows of size n.
+int64_t feature_size(const fwp_feature_map* map, int64_t n);
 
 // Fails if FWP_ISA names no level that this machine has.
 void check_isa();

@@ -72,6 +72,20 @@ bool scan_sequences(const Problem& p, const Kernels& k, const ForwardPlan& plan,
   });
 }
 
+// Rows of a feature map are shared out in pieces, some for each thread where there is enough to do.
+struct MapPlan {
+  int64_t pieces;
+  int threads;
+  size_t scratch;
+
+  MapPlan(const Problem& p, const Kernels& k) {
+    const double numbers = static_cast<double>(p.T) * static_cast<double>(p.features.inputs + p.K);
+    threads = numbers * 16 < kSerialFlops ? 1 : static_cast<int>(std::min<int64_t>(p.threads, p.T));
+    pieces = threads > 1 ? 4 * threads : 1;
+    scratch = (k.map_scratch(p) + 63) / 64 * 64;
+  }
+};
+
 // One backward call: groups of sequences, and in each the windows of tokens from the last to the first.
 class Backward {
  public:
@@ -102,6 +116,7 @@ class Backward {
       place_gradients(begin, end, w * plan_.g.window);
       if (!run_window(begin, end, w * plan_.g.window) || !reduce(begin, end, w * plan_.g.window)) return false;
     }
+    for (int64_t n = begin; n < end && p_.attention_norm; ++n) k_.sum_dz(p_, plan_.g, n, adjoints(n - begin));
     return true;
   }
 
@@ -122,8 +137,8 @@ class Backward {
           const int64_t at = seq.b * to.b + (seq.begin + first) * to.t + h * to.h + share * f.columns;
           rows = {static_cast<char*>(to.data) + at * item_size(to.dtype), to.t, to.dtype};
         } else {
-          rows = {partial, plan_.partial_width(f), sum};
-          partial += plan_.partial_width(f) * plan_.g.window * item_size(sum);
+          rows = {partial, f.partial, sum};
+          partial += f.partial * plan_.g.window * item_size(sum);
         }
       }
     }
@@ -140,11 +155,17 @@ class Backward {
       if (first >= length && first > 0) return;
       part.begin = first;
       part.end = std::min(first + g.window, length);
-      part.D = memory_.D + static_cast<size_t>(heads_before * g.tiles) * plan_.tile_bytes;
+      part.D = adjoints(part.n - begin);
       part.next_head = plan_.shares_per_head;
+      part.maps = p_.features.active() && !plan_.maps_late(p_);
       part.gradients = memory_.gradients + (heads_before + part.head_begin) * part.next_head + shares.share(i);
       k_.backward(p_, g, part, memory_.scratch + static_cast<size_t>(worker) * plan_.scratch, interruption_.stop());
     });
+  }
+
+  // Of a sequence among those worked on.
+  char* adjoints(int64_t index) const {
+    return memory_.D + static_cast<size_t>(index * p_.H * plan_.g.tiles) * plan_.tile_bytes;
   }
 
   bool is_reduced(const Field& f) const { return (p_.*f.to).data && !f.direct && f.width > 0; }
@@ -155,7 +176,7 @@ class Backward {
     bool needed = false;
     for (const Field& f : plan_.fields) needed = needed || is_reduced(f);
     if (!needed) return true;
-    return for_each(plan_.threads, (end - begin) * pieces, interruption_, [&](int64_t i, int) {
+    return for_each(plan_.threads, (end - begin) * pieces, interruption_, [&](int64_t i, int worker) {
       ReducePart part{};
       part.n = begin + i / pieces;
       const int64_t tokens = std::clamp<int64_t>(sequence(p_, part.n).length - first, 0, g.window);
@@ -165,12 +186,14 @@ class Backward {
       part.shares = plan_.shares_per_head;
       part.gradients = memory_.gradients + i / pieces * p_.H * part.shares;
       for (const Field& f : plan_.fields) {
+        part.from = p_.*f.from;
         part.to = p_.*f.to;
         if (!is_reduced(f)) continue;
         part.field = f.rows;
         part.width = f.width;
         part.columns = f.columns;
-        k_.reduce(p_, part);
+        part.maps = plan_.maps_late(p_) && (f.from == &Problem::q || f.from == &Problem::k);
+        k_.reduce(p_, part, memory_.scratch + static_cast<size_t>(worker) * plan_.scratch);
       }
     });
   }
@@ -199,7 +222,7 @@ size_t backward_workspace(const Problem& p) {
 
 int64_t checkpoint_elements(const Problem& p) {
   const Geometry g = kernels(p.level).geometry(p);
-  return first_slot(p, g, p.N) * p.H * g.tiles * g.ld * g.columns;
+  return first_slot(p, g, p.N) * p.H * g.tiles * g.tile;
 }
 
 bool forward(const Problem& p, void* workspace) {
@@ -209,6 +232,21 @@ bool forward(const Problem& p, void* workspace) {
 }
 
 bool backward(const Problem& p, void* workspace) { return Backward(p, count_call(p.level), workspace).run(); }
+
+size_t map_workspace(const Problem& p) {
+  const MapPlan plan(p, kernels(p.level));
+  return plan.scratch * static_cast<size_t>(plan.threads);
+}
+
+void map_rows(const Problem& p, void* workspace) {
+  const Kernels& k = count_call(p.level);
+  const MapPlan plan(p, k);
+  Interruption none({});
+  for_each(plan.threads, plan.pieces, none, [&](int64_t i, int worker) {
+    k.map_rows(p, p.T * i / plan.pieces, p.T * (i + 1) / plan.pieces,
+               static_cast<char*>(workspace) + static_cast<size_t>(worker) * plan.scratch);
+  });
+}
 
 void set_num_threads(int threads) { num_threads = std::clamp(threads, 1, 256); }
 

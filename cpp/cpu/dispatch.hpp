@@ -18,6 +18,11 @@ int64_t checkpoint_elements(const Problem& problem);
 bool forward(const Problem& problem, void* workspace);
 bool backward(const Problem& problem, void* workspace);
 
+// A feature map by itself: rows problem.q [T][features.inputs] into problem.o [T][K], or, where problem.d_o is given,
+// that into problem.dq.
+size_t map_workspace(const Problem& problem);
+void map_rows(const Problem& problem, void* workspace);
+
 // Instruction set levels built and present, best last, ending with nullptr.
 const char* const* available_isas();
 const char* isa();               // nullptr: FWP_ISA names a level that is unknown or absent

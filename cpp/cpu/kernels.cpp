@@ -65,7 +65,9 @@ Geometry cut(const Problem& p) {
   g.block = p.step && p.T == 1 ? 1 : kBlock;
   g.ld = round_up(p.K, Tile::kWidth);
   g.columns = Tile::kColumns;
-  g.tiles = (p.V + g.columns - 1) / g.columns;
+  g.tiles =
+      at_least((p.V + g.columns - 1) / g.columns, p.attention_norm ? 1 : 0);  // z takes a tile, if only of padding
+  g.tile = g.ld * g.columns + (p.attention_norm ? g.ld : 0);
   g.chunk = kChunkBlocks * kBlock;
   if (p.step) g.chunk = at_most(round_up(at_least(p.T, 1), g.block), g.chunk);
   const int64_t longest = round_up(at_least(longest_sequence(p), 1), g.chunk);
@@ -103,8 +105,10 @@ size_t forward_scratch(const Problem& p, const Geometry& g, int64_t heads, int64
 size_t backward_scratch(const Problem& p, const Geometry& g, int64_t heads) {
   return with_types(p, [&](auto tile, auto rule, auto decay) {
     Arena arena(nullptr);
-    (void)BackwardScratch<decltype(tile), decltype(rule), decltype(decay), kBlock>(arena, g, heads);
-    return arena.used();
+    (void)BackwardScratch<decltype(tile), decltype(rule), decltype(decay), kBlock>(arena, p, g, heads);
+    Arena reducing(nullptr);
+    (void)ReduceScratch<decltype(tile)>(reducing, p);
+    return arena.used() > reducing.used() ? arena.used() : reducing.used();
   });
 }
 
@@ -123,11 +127,32 @@ void backward(const Problem& p, const Geometry& g, const BackwardPart& part, voi
   });
 }
 
-void reduce_gradient(const Problem& p, const ReducePart& part) {
-  if (p.dtype == DType::f64)
-    reduce<Tiles<double>>(p, part);
-  else
-    reduce<Tiles<float>>(p, part);
+template <class F>
+auto with_tile(const Problem& p, F f) {
+  return p.dtype == DType::f64 ? f(Tiles<double>()) : f(Tiles<float>());
+}
+
+void reduce_gradient(const Problem& p, const ReducePart& part, void* scratch) {
+  with_tile(p, [&](auto tile) { reduce<decltype(tile)>(p, part, scratch); });
+}
+
+void sum_dz(const Problem& p, const Geometry& g, int64_t n, void* D) {
+  with_tile(p, [&](auto tile) { sum_z<decltype(tile)>(p, g, n, D); });
+}
+
+size_t map_scratch(const Problem& p) {
+  return with_tile(p, [&](auto tile) {
+    Arena arena(nullptr);
+    (void)MapRows<decltype(tile)>(arena, p);
+    return arena.used();
+  });
+}
+
+void map_rows(const Problem& p, int64_t begin, int64_t end, void* scratch) {
+  with_tile(p, [&](auto tile) {
+    Arena arena(scratch);
+    MapRows<decltype(tile)>(arena, p).run(p, begin, end);
+  });
 }
 
 template <class T>
@@ -156,7 +181,8 @@ double fma(bool f64, int64_t rounds) { return f64 ? multiply_add<double>(rounds)
 
 extern const Kernels FWP_JOIN(kernels_, FWP_ISA);
 const Kernels FWP_JOIN(kernels_, FWP_ISA) = {
-    FWP_STRING(FWP_ISA), geometry, forward_scratch, backward_scratch, forward, backward, reduce_gradient, fma,
+    FWP_STRING(FWP_ISA), geometry, forward_scratch, backward_scratch, forward, backward,
+    reduce_gradient,     sum_dz,   map_scratch,     map_rows,         fma,
 };
 
 }  // namespace fwp

@@ -129,6 +129,10 @@ template <int h, int... I>
 struct Lanes<0, h, I...> {
   static constexpr int W = sizeof...(I);
   template <class P>
+  FWP_HD static P partner(P a) {
+    return __builtin_shufflevector(a, a, (I ^ h)...);
+  }
+  template <class P>
   FWP_HD static P merge(P a, P b) {
     const P kept = __builtin_shufflevector(a, b, ((I & h) ? I + W : I)...);
     const P partner = __builtin_shufflevector(a, b, ((I & h) ? (I ^ h) + W : (I ^ h))...);
@@ -145,6 +149,17 @@ FWP_HD Pack<T> sum_each(Pack<T>* x) {
     return sum_each<T, 2 * h>(x);
   else
     return x[0];
+}
+
+// Every lane of the result is that of f over all lanes of x.
+template <class T, class F, int h = 1>
+FWP_HD Pack<T> fold(Pack<T> x, const F& f) {
+  constexpr int W = kLanes<T>;
+  x = f(x, Lanes<W, h>::partner(x));
+  if constexpr (2 * h < W)
+    return fold<T, F, 2 * h>(x, f);
+  else
+    return x;
 }
 
 // exp to about one unit in the last place; -inf gives 0, NaN stays, subnormal results are kept.

@@ -37,7 +37,8 @@ struct Shares {
     const int64_t fitting = kCachedNumbers / std::max<int64_t>(1, cached);
     const bool few = all < 2 * threads;
     const int64_t group = (g.tiles + kMostShares - 1) / kMostShares;
-    tiles = few || group > 1 ? group : g.tiles;
+    // A step takes z from the caller's state and leaves it there: one part has all of a head.
+    tiles = (few || group > 1) && !(p.step && p.attention_norm) ? group : g.tiles;
     heads = few ? 1 : std::max<int64_t>(1, std::min({(all + threads - 1) / threads, fitting, p.H}));
     parts_per_tile_row = tiles ? (g.tiles + tiles - 1) / tiles : 0;
     per_sequence = (p.H + heads - 1) / heads * parts_per_tile_row;
@@ -83,6 +84,7 @@ struct Field {
   int64_t width;    // numbers per row
   int64_t columns;  // of a part, where each part of a head has its own; 0: each has a share of the whole row
   bool direct;      // one part alone makes each row: no partial sums
+  int64_t partial;  // numbers per partial row
 };
 
 struct BackwardPlan {
@@ -100,28 +102,31 @@ struct BackwardPlan {
       : g(k.geometry(p)), shares(p, g, g.together, 2 * g.segment * (4 * p.K + 3 * p.V)) {
     shares_per_head = shares.parts_per_tile_row;
     const int64_t dg_width = p.decay == Decay::channel ? p.K : 1;
-    fields[0] = {&Problem::q, &Problem::dq, &HeadGradients::dq, p.K, 0, false};
-    fields[1] = {&Problem::k, &Problem::dk, &HeadGradients::dk, p.K, 0, false};
-    fields[2] = {&Problem::v, &Problem::dv, &HeadGradients::dv, p.V, shares.tiles * g.columns, false};
-    fields[3] = {&Problem::beta, &Problem::dbeta, &HeadGradients::dbeta, 1, 0, false};
-    fields[4] = {&Problem::g, &Problem::dg, &HeadGradients::dg, dg_width, 0, false};
+    const int64_t key_width = p.key_size(), key_partial = maps_late(p) ? p.K : key_width;
+    const int64_t columns = shares.tiles * g.columns;
+    fields[0] = {&Problem::q, &Problem::dq, &HeadGradients::dq, key_width, 0, false, key_partial};
+    fields[1] = {&Problem::k, &Problem::dk, &HeadGradients::dk, key_width, 0, false, key_partial};
+    fields[2] = {&Problem::v, &Problem::dv, &HeadGradients::dv, p.V, columns, false, columns};
+    fields[3] = {&Problem::beta, &Problem::dbeta, &HeadGradients::dbeta, 1, 0, false, 1};
+    fields[4] = {&Problem::g, &Problem::dg, &HeadGradients::dg, dg_width, 0, false, dg_width};
     partial_numbers = 0;
     for (Field& f : fields) {  // by the inputs, so that a query for the workspace needs no gradients
       const Rows& from = p.*f.from;
       f.direct = from.group == 1 && (f.columns || shares_per_head == 1);
-      if (from.data && !f.direct) partial_numbers += partial_width(f) * g.window;
+      if (from.data && !f.direct) partial_numbers += f.partial * g.window;
     }
     if (partial_numbers == 0)  // nothing to add up between windows: one window, no barriers
       g.window = std::max<int64_t>(1, (longest_sequence(p) + g.segment - 1) / g.segment) * g.segment;
     threads = useful_threads(p, g.together * shares.per_sequence);
     scratch = (k.backward_scratch(p, g, shares.heads) + 63) / 64 * 64;
-    tile_bytes = static_cast<size_t>(g.ld * g.columns * sum_size(p));
+    tile_bytes = static_cast<size_t>(g.tile * sum_size(p));
     slots = 0;
     for (int64_t n = 0; n < p.N; n += g.together)
       slots = std::max(slots, first_slot(p, g, std::min(n + g.together, p.N)) - first_slot(p, g, n));
   }
 
-  static int64_t partial_width(const Field& f) { return f.columns ? f.columns : f.width; }
+  // Whether gradients of keys go through the feature map only after the shares of a head were added up.
+  bool maps_late(const Problem& p) const { return p.features.active() && shares_per_head > 1; }
 };
 
 // Where things lie in the workspace of a backward call.

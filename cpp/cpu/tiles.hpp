@@ -47,6 +47,34 @@ struct Tiles {
   FWP_HD static P broadcast(T x) { return fwp::broadcast(x); }
   FWP_HD static P exp(P x) { return fwp::exp<T>(x); }
 
+  // n up to whole packs.
+  static constexpr int64_t up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+
+  // Of the lanes of a pack; max ignores NaN.
+  FWP_HD static T sum(P x) {
+    return fold<T>(x, [](P a, P b) { return a + b; })[0];
+  }
+  FWP_HD static T max(P x) {
+    return fold<T>(x, [](P a, P b) { return b > a ? b : a; })[0];
+  }
+  // Of the first n numbers of rows in scratch.
+  static T sum(const T* x, int64_t n) {
+    P packs = {};
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) packs += load(x + i);
+    T total = sum(packs);
+    for (; i < n; ++i) total += x[i];
+    return total;
+  }
+  static T dot(const T* x, const T* y, int64_t n) {
+    P packs = {};
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) packs += load_unaligned(x + i) * load_unaligned(y + i);
+    T total = sum(packs);
+    for (; i < n; ++i) total += x[i] * y[i];
+    return total;
+  }
+
   // Sums come in whole packs: n of them take this much room.
   template <int n>
   static constexpr int room = (n + kWidth - 1) / kWidth * kWidth;

@@ -14,8 +14,10 @@ namespace {
 template <class Tile, class Rule, class Decay, int C>
 struct BackwardScratch {
   using T = typename Tile::Scalar;
+  Keys<Tile> keys;
   Head* heads;
   Block<Tile, Rule, Decay, C>* blocks;
+  T* z;               // [ld], with attention_norm: the keys gathered before the blocks to be staged
   T* S;               // the state before each block, and after the last
   T *e, *u;           // [segment][columns]
   T *v, *RX;          // as in forward
@@ -23,17 +25,18 @@ struct BackwardScratch {
   T *Z, *p, *de;
   T *dkr, *dqr, *dkw, *H;  // [C][ld], H [ld]
   T *dk, *dq, *dg;
-  HeadGradients sums;  // of one segment, for gradients that are rounded when they are stored
+  HeadGradients sums;  // of one segment, for gradients that are not added up where they shall be
 
-  BackwardScratch(Arena& arena, const Geometry& g, int64_t head_count) {
+  BackwardScratch(Arena& arena, const Problem& problem, const Geometry& g, int64_t head_count) : keys(arena, problem) {
     heads = arena.take<Head>(head_count);
     const int64_t count = g.segment / C, cols = g.columns;
     blocks = arena.take<Block<Tile, Rule, Decay, C>>(count);
     const bool counting = blocks == nullptr;
     for (int64_t i = 0; i < count; ++i) {
-      const auto block = Block<Tile, Rule, Decay, C>::take(arena, g.ld);
+      const auto block = Block<Tile, Rule, Decay, C>::take(arena, problem, g.ld);
       if (!counting) blocks[i] = block;
     }
+    z = arena.take<T>(problem.attention_norm ? g.ld : 0);
     S = arena.take<T>((count + 1) * g.ld * cols);
     e = arena.take<T>(g.segment * cols);
     u = arena.take<T>(g.segment * cols);
@@ -51,10 +54,12 @@ struct BackwardScratch {
     dk = arena.take<T>(C * g.ld);
     dq = arena.take<T>(C * g.ld);
     dg = arena.take<T>(C * g.ld);
-    const auto rows = [&](int64_t width) {
-      return GradientRows{arena.take<T>(g.rounds ? g.segment * width : 0), width, kDType<T>};
+    const auto rows = [&](int64_t width, bool apart) {
+      return GradientRows{arena.take<T>(apart ? g.segment * width : 0), width, kDType<T>};
     };
-    sums = {rows(g.ld), rows(g.ld), rows(g.tiles * cols), rows(1), rows(g.ld)};
+    const bool mapped = g.rounds || problem.features.active();
+    sums = {rows(g.ld, mapped), rows(g.ld, mapped), rows(g.tiles * cols, g.rounds), rows(1, g.rounds),
+            rows(g.ld, g.rounds)};
   }
 };
 
@@ -116,7 +121,7 @@ void key_gradients(const Problem& p, const Geometry& g, const Block<Tile, Rule, 
                    BackwardScratch<Tile, Rule, Decay, C>& s, const T* dMP) {
   using P = typename Tile::P;
   const int64_t ld = g.ld;
-  const P scale = Tile::broadcast(static_cast<T>(p.scale));
+  const P scale = Tile::broadcast(p.attention_norm ? 1 : static_cast<T>(p.scale));
   P dg_sum[Tile::template room<C>] = {};
   for (int64_t d = 0; d < ld; d += Tile::kWidth) {
     P k[C], q[C], a[C] = {}, dkr[C] = {}, dqr[C] = {}, dkw[C] = {}, dk[C], dq[C], dg[C] = {}, H = {};
@@ -148,6 +153,13 @@ void key_gradients(const Problem& p, const Geometry& g, const Block<Tile, Rule, 
   }
 }
 
+// The adjoint of a tile, and after it the tile's part in the adjoint of z, which every tile takes back by itself: what
+// the tiles read of z adds up.
+template <class T>
+T* adjoint_of(const BackwardPart& part, const Geometry& g, int64_t h, int64_t tile) {
+  return static_cast<T*>(part.D) + (h * g.tiles + tile) * g.tile;
+}
+
 // One block backward on one tile: S is the state before it, D the adjoint of the state after it, in place that before.
 template <class Tile, class Rule, class Decay, int C, class T>
 void retreat(const Problem& p, const Geometry& g, const Block<Tile, Rule, Decay, C>& b,
@@ -166,6 +178,13 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Rule, Decay,
     if constexpr (Rule::predicts) Tile::read_columns(S, ld, s.minus_de + i * cols, s.dkr + i * ld);
   }
   if constexpr (Decay::decays) Tile::dot_rows(S, D, ld, s.H);
+  if (p.attention_norm) {
+    T* const dz = D + ld * cols;
+    const auto a = [&](int i, int64_t d) { return b.decay(i, d, ld); };
+    attention_norm_bwd<Tile, Decay, Rule::predicts, C>(b.kq, a, b.kq_r, b.MP, b.divisor, b.z, ld, b.n,
+                                                       static_cast<T>(p.scale), s.dkr, s.dqr, s.dkw, dMP, s.H, dz);
+    b.reset_z(p, dz);
+  }
   key_gradients(p, g, b, s, dMP);
 
   const int64_t width = tile_width(p, g, tile), gates = Decay::per_channel ? p.K : 1;
@@ -194,16 +213,21 @@ bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& p
                       int64_t end, const HeadGradients& out, Prefetch& ahead, const Stop& stop) {
   using T = typename Tile::Scalar;
   const int64_t most = g.segment / C, size = g.ld * g.columns, block_size = C * g.columns;
+  const auto stage = [&](int64_t& t, bool shared) {
+    if (p.attention_norm && t == t0)
+      copy_in<Tile>(checkpoint<T>(p, g, part.slot + t0 / g.segment, h, part.tile_begin) + size, g.ld, s.z, g.ld);
+    return stage_blocks(s.blocks, most, p, g, s.keys, head, t, end, shared, s.z);
+  };
   int64_t starts[C + 1] = {t0}, runs = 0, count = 0;  // a block has at least one token: at most C runs, then the end
-  for (int64_t t = t0; t < end; starts[++runs] = t) count = stage_blocks(s.blocks, most, p, g, head, t, end, again);
+  for (int64_t t = t0; t < end; starts[++runs] = t) count = stage(t, again);
   int64_t staged = runs - 1;
   for (int64_t last = runs - 1; last >= 0; --last)
     for (int64_t j = part.tile_begin; j < part.tile_end; ++j) {
-      T* const D = static_cast<T*>(part.D) + (h * g.tiles + j) * size;
+      T* const D = adjoint_of<T>(part, g, h, j);
       copy_in<Tile>(checkpoint<T>(p, g, part.slot + t0 / g.segment, h, j), size, s.S, size);
       for (int64_t run = 0; run <= last; ++run) {
         int64_t t = starts[run];
-        if (staged != run) count = stage_blocks(s.blocks, most, p, g, head, t, end, false);
+        if (staged != run) count = stage(t, false);
         staged = run;
         t = starts[run];
         for (int64_t b = 0; b < count; t += s.blocks[b++].n) {
@@ -234,18 +258,20 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
   using T = typename Tile::Scalar;
   Arena arena(scratch);
   const int64_t heads = part.head_end - part.head_begin;
-  BackwardScratch<Tile, Rule, Decay, C> s(arena, g, heads);
+  BackwardScratch<Tile, Rule, Decay, C> s(arena, p, g, heads);
   const Sequence seq = sequence(p, part.n);
   const int64_t size = g.ld * g.columns;
-  const auto adjoint = [&](int64_t h, int64_t j) { return static_cast<T*>(part.D) + (h * g.tiles + j) * size; };
+  const auto adjoint = [&](int64_t h, int64_t j) { return adjoint_of<T>(part, g, h, j); };
 
   // Rows K.. of the tiles: passes over K never write them, sums over ld read them.
   for (int64_t b = 0; b <= g.segment / C; ++b) fill<T>(s.S + b * size + p.K * g.columns, (g.ld - p.K) * g.columns, 0);
   for (int64_t h = 0; h < heads; ++h) s.heads[h] = head(p, seq, part.head_begin + h);
   if (part.end == seq.length)
     for (int64_t h = part.head_begin; h < part.head_end; ++h)
-      for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
+      for (int64_t j = part.tile_begin; j < part.tile_end; ++j) {
         load_tile<Tile>(p.d_hT, part.n, h, p, g, j, adjoint(h, j));
+        if (p.attention_norm) load_z(p, g, j == 0 ? p.d_hT : States{}, part.n, h, adjoint(h, j) + size);
+      }
 
   const int64_t segments = (part.end - part.begin + g.segment - 1) / g.segment;
   for (int64_t i = segments - 1; i >= 0; --i) {
@@ -255,10 +281,11 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
                    checkpoint_piece<T>(p, g, part, t0 / g.segment - 1),
                    2 * heads * (part.tile_end - part.tile_begin) * (g.segment / C));
     for (int64_t h = 0; h < heads; ++h) {
-      const bool again = !Decay::decays && h > 0 && s.heads[h].same_keys(s.heads[h - 1]);
-      const HeadGradients &to = part.gradients[h * part.next_head], sums = segment_rows<T>(to, t0 - part.begin, s.sums);
+      const bool again = shares_staging<Decay>(p) && h > 0 && s.heads[h].same_keys(s.heads[h - 1]);
+      const HeadGradients& to = part.gradients[h * part.next_head];
+      const HeadGradients sums = segment_rows<T>(to, t0 - part.begin, s.sums, part.maps);
       if (!segment_backward(p, g, part, s, s.heads[h], again, part.head_begin + h, t0, end, sums, ahead, stop)) return;
-      if (g.rounds) round_segment<Tile>(p, g, part, sums, end - t0, to, t0 - part.begin);
+      deliver_segment<Tile>(p, g, part, s.keys, s.heads[h], t0, end - t0, sums, to);
     }
   }
 
@@ -266,6 +293,18 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
   for (int64_t h = part.head_begin; h < part.head_end; ++h)
     for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
       store_tile<Tile>(adjoint(h, j), p, g, j, p.dh0, part.n, h);
+}
+
+// The last column of dh0, of all heads of sequence n: what the tiles, whose adjoints D are, have of it.
+template <class Tile>
+void sum_z(const Problem& p, const Geometry& g, int64_t n, void* D) {
+  using T = typename Tile::Scalar;
+  for (int64_t h = 0; h < p.H; ++h) {
+    T* const first = static_cast<T*>(D) + h * g.tiles * g.tile + g.ld * g.columns;
+    for (int64_t j = 1; j < g.tiles; ++j)
+      for (int64_t d = 0; d < p.K; ++d) first[d] += first[j * g.tile + d];
+    store_z(first, p, p.dh0, n, h);
+  }
 }
 
 // One row of a gradient: the partial rows of `heads` heads, `shares` each, rounded into `out`. First the shares of a
@@ -292,9 +331,44 @@ void sum_row(const HeadGradients* gradients, GradientRows HeadGradients::* field
   }
 }
 
+// What adding up gradients of keys takes.
+template <class Tile>
+struct ReduceScratch {
+  Keys<Tile> keys;
+  typename Tile::Scalar *head, *sum;
+
+  ReduceScratch(Arena& arena, const Problem& p)
+      : keys(arena, p),
+        head(arena.take<typename Tile::Scalar>(Tile::up(p.K))),
+        sum(arena.take<typename Tile::Scalar>(Tile::up(p.key_size()))) {}
+};
+
+// Adds up the partial rows of dq or dk that have yet to go through the feature map.
+template <class Tile>
+void reduce_keys(const Problem& p, const ReducePart& part, void* scratch) {
+  using T = typename Tile::Scalar;
+  Arena arena(scratch);
+  const ReduceScratch<Tile> s(arena, p);
+  const Sequence seq = sequence(p, part.n);
+  for (int64_t h0 = 0; h0 < p.H; h0 += part.to.group)
+    for (int64_t t = part.begin; t < part.end; ++t) {
+      for (int64_t h = h0; h < h0 + part.to.group; ++h) {
+        for (int64_t j = 0; j < part.shares; ++j) {
+          const GradientRows& rows = part.gradients[h * part.shares + j].*part.field;
+          const T* from = static_cast<const T*>(rows.data) + (t - part.origin) * rows.stride;
+          for (int64_t i = 0; i < p.K; ++i) s.head[i] = j == 0 ? from[i] : s.head[i] + from[i];
+        }
+        const T* dx = s.keys.pull_back(head_rows(part.from, seq, h), t, s.head);
+        for (int64_t i = 0; i < part.width; ++i) s.sum[i] = h == h0 ? dx[i] : s.sum[i] + dx[i];
+      }
+      store_row<Tile>(s.sum, part.width, head_rows(part.to, seq, h0), t, 0);
+    }
+}
+
 // Adds up the partial rows of one gradient.
 template <class Tile>
-void reduce(const Problem& p, const ReducePart& part) {
+void reduce(const Problem& p, const ReducePart& part, void* scratch) {
+  if (part.maps) return reduce_keys<Tile>(p, part, scratch);
   const Rows& to = part.to;
   const Sequence seq = sequence(p, part.n);
   for (int64_t h = 0; h < p.H; h += to.group) {

@@ -6,7 +6,9 @@
 #include "../rules/decay.hpp"
 #include "../rules/delta.hpp"
 #include "../rules/linear.hpp"
-#include "rows.hpp"
+//
+#include "../features/attention_norm.hpp"
+#include "keys.hpp"
 
 namespace fwp {
 namespace {
@@ -15,27 +17,31 @@ template <class Tile, class Rule, class Decay, int C>
 struct Block {
   using T = typename Tile::Scalar;
   using P = typename Tile::P;
-  T* kq;    // [2C][ld]  k_t, then scale * q_t; zero rows from token n on
-  T* kq_r;  // [2C][ld]  kr_t, then qr_t: as they read the block's first state
-  T* k_w;   // [C][ld]   kw_i: as it is written into the block's last state
-  T* a;     // [C][ld] per channel, [C] per head: decays
-  T* A;     // [ld]
-  T* MP;    // [C][C], rules/block.hpp
-  T* beta;  // [C]
-  T* keep;  // [ld]  where the first token resets: 0 for the channels it clears, 1 for the others
+  T* kq;       // [2C][ld]  k_t, then scale * q_t (with attention_norm q_t); zero rows from token n on
+  T* kq_r;     // [2C][ld]  kr_t, then qr_t: as they read the block's first state
+  T* k_w;      // [C][ld]   kw_i: as it is written into the block's last state
+  T* a;        // [C][ld] per channel, [C] per head: decays
+  T* A;        // [ld]
+  T* MP;       // [C][C], rules/block.hpp
+  T* beta;     // [C]
+  T* keep;     // [ld]  where the first token resets: 0 for the channels it clears, 1 for the others
+  T* z;        // [ld]  with attention_norm: the keys gathered before the block, and
+  T* divisor;  // [2C]  what reads are divided by
   bool resets;
   int n;  // tokens
 
-  static Block take(Arena& arena, int64_t ld) {
+  static Block take(Arena& arena, const Problem& p, int64_t ld) {
     Block b;
     b.kq = arena.take<T>(2 * C * ld);
-    b.kq_r = Decay::decays ? arena.take<T>(2 * C * ld) : b.kq;
+    b.kq_r = Decay::decays || p.attention_norm ? arena.take<T>(2 * C * ld) : b.kq;
     b.k_w = Decay::decays ? arena.take<T>(C * ld) : b.kq;
     b.a = arena.take<T>(Decay::per_channel ? C * ld : Tile::template room<C>);
     b.A = Decay::decays ? arena.take<T>(ld) : nullptr;
     b.MP = arena.take<T>(Tile::template room<C * C>);
     b.beta = arena.take<T>(C);
     b.keep = Decay::decays ? arena.take<T>(ld) : nullptr;
+    b.z = p.attention_norm ? arena.take<T>(ld) : nullptr;
+    b.divisor = p.attention_norm ? arena.take<T>(2 * C) : nullptr;
     b.resets = false;
     b.n = 0;
     return b;
@@ -46,19 +52,23 @@ struct Block {
     return Tile::broadcast(a[t]);
   }
 
-  // Stages the tokens from t0 on, at most C and none from `end` on; returns how many.
-  int stage(const Problem& p, const Geometry& g, const Head& head, int64_t t0, int64_t end) {
+  // Stages the tokens from t0 on, at most C and none from `end` on; returns how many. With attention_norm z [ld], the
+  // keys gathered so far, moves on with them.
+  int stage(const Problem& p, const Geometry& g, const Keys<Tile>& keys, const Head& head, int64_t t0, int64_t end,
+            T* running_z) {
     const int64_t ld = g.ld;
+    const T factor = p.attention_norm ? 1 : static_cast<T>(p.scale);
     n = end - t0 < C ? static_cast<int>(end - t0) : C;
     if constexpr (Decay::decays) stage_decay(head.g, p.K, ld, t0);
     for (int t = 0; t < n; ++t) {
-      stage_row<Tile>(head.k, t0 + t, 0, p.K, kq + t * ld, ld);
-      if (head.q.data) stage_row<Tile>(head.q, t0 + t, 0, p.K, kq + (C + t) * ld, ld, static_cast<T>(p.scale));
+      keys.stage(head.k, t0 + t, kq + t * ld, ld);
+      if (head.q.data) keys.stage(head.q, t0 + t, kq + (C + t) * ld, ld, factor);
     }
     const int queries = head.q.data ? n : 0;
     fill<T>(kq + n * ld, (C - n) * ld, 0);
     fill<T>(kq + (C + queries) * ld, (C - queries) * ld, 0);
     multiply(ld);
+    if (p.attention_norm) normalise(p, ld, running_z);
     return stage_beta(head, t0);
   }
 
@@ -70,12 +80,13 @@ struct Block {
     return n;
   }
 
-  // Clears the rows of a tile that the first token resets.
-  void reset(const Problem& p, T* S, ptrdiff_t stride = Tile::kColumns) const {
+  // Clears the rows of a tile that the first token resets, or the numbers of z.
+  void reset(const Problem& p, T* S, ptrdiff_t stride = Tile::kColumns, int64_t columns = Tile::kColumns) const {
     if (!resets) return;
     for (int64_t d = 0; d < p.K; ++d)
-      if (keep[d] == 0) fill<T>(S + d * stride, Tile::kColumns, 0);
+      if (keep[d] == 0) fill<T>(S + d * stride, columns, 0);
   }
+  void reset_z(const Problem& p, T* numbers) const { reset(p, numbers, 1, 1); }
 
  private:
   // Where the block ends: before any token whose gate, with those of the block so far, might take a product of decays
@@ -140,6 +151,13 @@ struct Block {
       }
     }
     Tile::template sums<C * C>(x, MP);
+  }
+
+  void normalise(const Problem& p, int64_t ld, T* running_z) {
+    reset_z(p, running_z);
+    copy_in<Tile>(running_z, ld, z, ld);
+    attention_norm_fwd<Tile, Decay, Rule::predicts, C>(Decay::decays ? kq_r : kq, k_w, A, ld, static_cast<T>(p.eps),
+                                                       static_cast<T>(p.scale), running_z, kq_r, MP, divisor);
   }
 };
 

@@ -6,10 +6,10 @@
 namespace fwp {
 namespace {
 
-// Checkpoints hold whole tiles: [slot][h][tile][ld][columns].
+// Checkpoints hold whole tiles [slot][h][tile][ld][columns], each with z [ld] after it if there is one.
 template <class T>
 T* checkpoint(const Problem& p, const Geometry& g, int64_t slot, int64_t h, int64_t tile) {
-  return static_cast<T*>(p.checkpoints) + ((slot * p.H + h) * g.tiles + tile) * g.ld * g.columns;
+  return static_cast<T*>(p.checkpoints) + ((slot * p.H + h) * g.tiles + tile) * g.tile;
 }
 
 // The checkpoints of a part, which has neighbouring heads or neighbouring tiles of one head; segment < 0: none.
@@ -18,7 +18,7 @@ Prefetch::Piece checkpoint_piece(const Problem& p, const Geometry& g, const Part
   if (segment < 0) return {nullptr, 0};
   const int64_t tiles = (part.head_end - part.head_begin) * (part.tile_end - part.tile_begin);
   return {checkpoint<T>(p, g, part.slot + segment, part.head_begin, part.tile_begin),
-          tiles * g.ld * g.columns * static_cast<int64_t>(sizeof(T))};
+          tiles * g.tile * static_cast<int64_t>(sizeof(T))};
 }
 
 template <class Tile, class Rule, class Decay, int C>
@@ -26,12 +26,16 @@ struct ForwardScratch {
   using T = typename Tile::Scalar;
   static constexpr int kMaxBlocks = 16;
   Block<Tile, Rule, Decay, C> blocks[kMaxBlocks];
+  Keys<Tile> keys;
   Head* heads;
+  T* z;  // [heads][ld], with attention_norm
   T *S, *v, *RX, *e, *u, *o;
 
-  ForwardScratch(Arena& arena, const Problem& p, const Geometry& g, int64_t head_count, int64_t tiles) {
+  ForwardScratch(Arena& arena, const Problem& p, const Geometry& g, int64_t head_count, int64_t tiles)
+      : keys(arena, p) {
     heads = arena.take<Head>(head_count);
-    for (int64_t i = 0; i < g.chunk / C; ++i) blocks[i] = Block<Tile, Rule, Decay, C>::take(arena, g.ld);
+    z = arena.take<T>(p.attention_norm ? head_count * g.ld : 0);
+    for (int64_t i = 0; i < g.chunk / C; ++i) blocks[i] = Block<Tile, Rule, Decay, C>::take(arena, p, g.ld);
     S = arena.take<T>((in_place(p, g) ? 1 : head_count * tiles) * g.ld * g.columns);
     v = arena.take<T>(C * g.columns);
     RX = arena.take<T>(2 * C * g.columns);
@@ -41,17 +45,24 @@ struct ForwardScratch {
   }
 };
 
+// Whether heads with the same keys and queries can have the same staged blocks.
+template <class Decay>
+bool shares_staging(const Problem& p) {
+  return !Decay::decays && !p.attention_norm;
+}
+
 // Stages blocks from token t on, `most` at the most; returns how many, and in t the token after them. Blocks end with
 // chunks, so that they are the same whatever the segments. again: they are those that were staged for another head with
-// the same keys.
+// the same keys. z: see Block::stage.
 template <class Tile, class Rule, class Decay, int C>
 int64_t stage_blocks(Block<Tile, Rule, Decay, C>* blocks, int64_t most, const Problem& p, const Geometry& g,
-                     const Head& head, int64_t& t, int64_t end, bool again) {
+                     const Keys<Tile>& keys, const Head& head, int64_t& t, int64_t end, bool again,
+                     typename Tile::Scalar* z) {
   int64_t count = 0;
   while (count < most && t < end) {
     auto& block = blocks[count++];
     const int64_t chunk_end = (t / g.chunk + 1) * g.chunk;
-    t += again ? block.stage_beta(head, t) : block.stage(p, g, head, t, end < chunk_end ? end : chunk_end);
+    t += again ? block.stage_beta(head, t) : block.stage(p, g, keys, head, t, end < chunk_end ? end : chunk_end, z);
   }
   return count;
 }
@@ -138,18 +149,24 @@ void scan_forward(const Problem& p, const Geometry& g, const ForwardPart& part, 
                    checkpoint_piece<T>(p, g, part, saves ? end / g.segment : -1), heads * tiles * (g.chunk / C));
     for (int64_t h = part.head_begin; h < part.head_end; ++h) {
       const Head& rows = s.heads[h - part.head_begin];
+      T* const z = s.z + (p.attention_norm ? h - part.head_begin : 0) * g.ld;
       for (int64_t j = part.tile_begin; j < part.tile_end && t0 == 0; ++j) state.load(h, j);
+      if (p.attention_norm && t0 == 0) load_z(p, g, p.h0, state.slot, h, z);
       if (p.checkpoints && t0 % g.segment == 0 && t0 < end)
-        for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
-          copy_out<Tile>(state.at(h, j).S, g.ld * g.columns, checkpoint<T>(p, g, part.slot + t0 / g.segment, h, j));
-      const bool again = !Decay::decays && h > part.head_begin && rows.same_keys((&rows)[-1]);
+        for (int64_t j = part.tile_begin; j < part.tile_end; ++j) {
+          T* const to = checkpoint<T>(p, g, part.slot + t0 / g.segment, h, j);
+          copy_out<Tile>(state.at(h, j).S, g.ld * g.columns, to);
+          copy_out<Tile>(z, g.tile - g.ld * g.columns, to + g.ld * g.columns);
+        }
+      const bool again = shares_staging<Decay>(p) && h > part.head_begin && rows.same_keys((&rows)[-1]);
       for (int64_t first = t0, t = t0; t < end; first = t) {
-        const int64_t count = stage_blocks(s.blocks, g.chunk / C, p, g, rows, t, end, again);
+        const int64_t count = stage_blocks(s.blocks, g.chunk / C, p, g, s.keys, rows, t, end, again, z);
         for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
           if (!scan_blocks(p, g, part, s, rows, j, first, count, state.at(h, j), ahead, stop)) return;
       }
       if (!part.output || end < seq.length) continue;
       for (int64_t j = part.tile_begin; j < part.tile_end; ++j) state.store(h, j);
+      if (p.attention_norm && part.tile_begin == 0) store_z(z, p, p.hT, state.slot, h);
     }
   }
 }

@@ -12,6 +12,7 @@ struct Geometry {
   int64_t ld = 0;       // K rounded up to whole packs: length of a staged row of keys
   int64_t columns = 0;  // value columns of a tile
   int64_t tiles = 0;
+  int64_t tile = 0;      // numbers that a tile takes among checkpoints and adjoints: its own, and z's if there is one
   int64_t chunk = 0;     // tokens staged together, a multiple of block
   int64_t segment = 0;   // tokens between checkpoints, a multiple of chunk
   int64_t window = 0;    // tokens that backward finishes between two barriers, a multiple of segment
@@ -52,22 +53,25 @@ struct HeadGradients {
 // A window of tokens.
 struct BackwardPart : Part {
   int64_t begin, end;              // tokens of the sequence, begin a multiple of the window
-  void* D;                         // of this sequence, [H][tiles][ld][columns], kept from window to window
+  void* D;                         // of this sequence, [H][tiles][tile], kept from window to window
   const HeadGradients* gradients;  // of this sequence and these tiles, next_head entries from head to head
   int64_t next_head;
+  bool maps;  // takes its dq and dk back through the feature map: it has all tiles of its heads
 };
 
 // The part of adding up partial gradients that one worker does at a time: tokens [begin, end) of one sequence. Every
 // head has `shares` partial rows. Where value columns meet (columns == 0) each is a share of the whole row; else each
-// has `columns` columns of its own.
+// has `columns` columns of its own. maps: what the shares of a head add up to goes through the gradient of the feature
+// map at its rows in `from`; not before, so that results do not depend on how tiles are shared out.
 struct ReducePart {
   int64_t n;
   int64_t begin, end, origin;      // the partial rows start at token origin
   const HeadGradients* gradients;  // of this sequence, [H][shares]
   GradientRows HeadGradients::* field;
   int64_t shares;
-  Rows to;
+  Rows from, to;
   int64_t width, columns;
+  bool maps;
 };
 
 // Asked between blocks of tokens; true ends the call as soon as possible.

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../features/features.hpp"
 #include "dtype.hpp"
 
 namespace fwp {
@@ -21,7 +22,7 @@ struct Rows {
 };
 
 // States [slots,H,K,V] in the accumulation type, last axis contiguous; sequence n has slot n, or the one that
-// Problem::state_indices gives it.
+// Problem::state_indices gives it. With attention_norm they are [slots,H,K,V+1], and z is the last column.
 struct States {
   void* data = nullptr;
   int64_t n = 0, h = 0, k = 0;
@@ -43,6 +44,9 @@ struct Problem {
   int64_t N = 0, T = 0, H = 0, K = 0, V = 0;
   const int64_t* cu_seqlens = nullptr;     // N+1 offsets into the T axis of batch 0; nullptr: sequence n is batch n
   const int64_t* state_indices = nullptr;  // [N], in a step: slots in the states; kNoSlot: leave the sequence out
+  Features features;                       // what makes keys and queries of size K from the rows of q and k
+  bool attention_norm = false;
+  double eps = 0;  // of attention_norm
   double scale = 1;
   int level = 0;  // instruction set level and threads, fixed when the call is validated
   int threads = 1;
@@ -59,6 +63,8 @@ struct Problem {
   States d_hT;
   Rows dq, dk, dv, dbeta, dg;
   States dh0;
+
+  int64_t key_size() const { return features.active() ? features.inputs : K; }  // of a row of q or k
 };
 
 }  // namespace fwp

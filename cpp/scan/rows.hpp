@@ -69,7 +69,7 @@ class Prefetch {
         piece_left_(checkpoints.bytes),
         piece_per_step_((checkpoints.bytes / steps + 2 * kLine - 1) / kLine * kLine) {
     const int64_t item = item_size(p.dtype);
-    keys_ = p.K * item;
+    keys_ = p.key_size() * item;
     values_ = p.V * item;
     gates_ = p.decay == Decay::channel ? p.K * item_size(p.g.dtype) : 0;
   }
@@ -178,17 +178,17 @@ void stage_columns(const HeadRows& rows, int64_t t, int n, const Problem& p, con
   fill<T>(to + n * Tile::kColumns, (C - n) * Tile::kColumns, 0);
 }
 
-// Where the tiles of a part add up the rows of a segment, which starts `skip` rows on: in place, or, because a sum of
-// several tiles shall be rounded once only, in scratch.
+// Where the tiles of a part add up the rows of a segment, which starts `skip` rows on: in place; or in scratch, because
+// a sum of several tiles shall be rounded once only, or goes through a feature map.
 template <class T>
-GradientRows segment_rows(const GradientRows& rows, int64_t skip, const GradientRows& scratch) {
+GradientRows segment_rows(const GradientRows& rows, int64_t skip, const GradientRows& scratch, bool mapped = false) {
   if (!rows.data) return {};
-  if (rows.dtype != kDType<T>) return scratch;
+  if (mapped || rows.dtype != kDType<T>) return scratch;
   return {static_cast<T*>(rows.data) + skip * rows.stride, rows.stride, rows.dtype};
 }
 template <class T>
-HeadGradients segment_rows(const HeadGradients& to, int64_t skip, const HeadGradients& scratch) {
-  return {segment_rows<T>(to.dq, skip, scratch.dq), segment_rows<T>(to.dk, skip, scratch.dk),
+HeadGradients segment_rows(const HeadGradients& to, int64_t skip, const HeadGradients& scratch, bool mapped) {
+  return {segment_rows<T>(to.dq, skip, scratch.dq, mapped), segment_rows<T>(to.dk, skip, scratch.dk, mapped),
           segment_rows<T>(to.dv, skip, scratch.dv), segment_rows<T>(to.dbeta, skip, scratch.dbeta),
           segment_rows<T>(to.dg, skip, scratch.dg)};
 }
@@ -203,17 +203,6 @@ void round_rows(const GradientRows& sums, int64_t n, int64_t width, const Gradie
     for (int64_t t = 0; t < n; ++t)
       copy_out<Tile>(static_cast<const T*>(sums.data) + t * sums.stride, width, to + t * rows.stride);
   });
-}
-
-template <class Tile>
-void round_segment(const Problem& p, const Geometry& g, const BackwardPart& part, const HeadGradients& sums, int64_t n,
-                   const HeadGradients& to, int64_t skip) {
-  const int64_t left = p.V - part.tile_begin * g.columns, columns = (part.tile_end - part.tile_begin) * g.columns;
-  round_rows<Tile>(sums.dq, n, p.K, to.dq, skip);
-  round_rows<Tile>(sums.dk, n, p.K, to.dk, skip);
-  round_rows<Tile>(sums.dv, n, left < columns ? left : columns, to.dv, skip);
-  round_rows<Tile>(sums.dbeta, n, 1, to.dbeta, skip);
-  round_rows<Tile>(sums.dg, n, p.decay == fwp::Decay::channel ? p.K : 1, to.dg, skip);
 }
 
 // The caller's memory of one tile of a state, rows s.k apart.
@@ -238,6 +227,21 @@ void store_tile(const T* S, const Problem& p, const Geometry& g, int64_t tile, c
   if (!s.data) return;
   T* to = tile_of<T>(s, slot, h, g, tile);
   for (int64_t d = 0; d < p.K; ++d) copy_out<Tile>(S + d * g.columns, tile_width(p, g, tile), to + d * s.k);
+}
+
+// z, the last column of a state.
+template <class T>
+T* z_of(const Problem& p, const States& s, int64_t slot, int64_t h) {
+  return static_cast<T*>(s.data) + slot * s.n + h * s.h + p.V;
+}
+template <class T>
+void load_z(const Problem& p, const Geometry& g, const States& s, int64_t slot, int64_t h, T* z) {
+  fill<T>(z, g.ld, 0);
+  for (int64_t d = 0; d < p.K && s.data; ++d) z[d] = z_of<T>(p, s, slot, h)[d * s.k];
+}
+template <class T>
+void store_z(const T* z, const Problem& p, const States& s, int64_t slot, int64_t h) {
+  for (int64_t d = 0; d < p.K && s.data; ++d) z_of<T>(p, s, slot, h)[d * s.k] = z[d];
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ A small matrix per head, the fast weight, is written and read at every time step
 (1, 16, 2, 8)
 """
 
-from . import reference
+from . import feature_maps, reference
 from ._core import (
     ArgumentError,
     CudaError,
@@ -66,6 +66,7 @@ __all__ = [
     "delta_rule_backward",
     "delta_rule_step",
     "empty_cache",
+    "feature_maps",
     "get_cmake_dir",
     "get_include",
     "get_num_threads",

@@ -16,6 +16,18 @@ class ArgumentError(FwpError, ValueError): ...
 class ReadOnlyError(FwpError, BufferError): ...
 class CudaError(FwpError, RuntimeError): ...
 
+class FeatureMap:
+    def __init__(self, kind: int, nu: int, eps: float, projection: _Array | None, /) -> None: ...
+    @property
+    def _nu(self) -> int: ...
+    @property
+    def _eps(self) -> float: ...
+    @property
+    def _projection(self) -> _Array | None: ...
+    def _size(self, n: int, /) -> int: ...
+    def _forward(self, x: _Array, /) -> _Array: ...
+    def _backward(self, dy: _Array, x: _Array, /) -> _Array: ...
+
 def compiler() -> str: ...
 def set_num_threads(threads: int, /) -> None: ...
 def get_num_threads() -> int: ...
@@ -35,6 +47,10 @@ def linear_attention(
     v: _Array,
     beta: _Array | None,
     g: _Array | None,
+    feature_map: FeatureMap | None,
+    qk_norm: str | None,
+    attention_norm: bool,
+    eps: float,
     scale: float,
     initial_state: _Array | None,
     cu_seqlens: Any,
@@ -52,6 +68,10 @@ def linear_attention_backward(
     g: _Array | None,
     dfinal_state: _Array | None,
     out: tuple[_Array | None, ...] | None,
+    feature_map: FeatureMap | None,
+    qk_norm: str | None,
+    attention_norm: bool,
+    eps: float,
     scale: float,
     initial_state: _Array | None,
     cu_seqlens: Any,
@@ -66,6 +86,10 @@ def linear_attention_step(
     g: _Array | None,
     state: _Array,
     state_indices: Any,
+    feature_map: FeatureMap | None,
+    qk_norm: str | None,
+    attention_norm: bool,
+    eps: float,
     scale: float,
     out: _Array | None,
     /,
@@ -76,6 +100,10 @@ def delta_rule(
     v: _Array,
     beta: _Array | None,
     g: _Array | None,
+    feature_map: FeatureMap | None,
+    qk_norm: str | None,
+    attention_norm: bool,
+    eps: float,
     scale: float,
     initial_state: _Array | None,
     cu_seqlens: Any,
@@ -93,6 +121,10 @@ def delta_rule_backward(
     g: _Array | None,
     dfinal_state: _Array | None,
     out: tuple[_Array | None, ...] | None,
+    feature_map: FeatureMap | None,
+    qk_norm: str | None,
+    attention_norm: bool,
+    eps: float,
     scale: float,
     initial_state: _Array | None,
     cu_seqlens: Any,
@@ -107,6 +139,10 @@ def delta_rule_step(
     g: _Array | None,
     state: _Array,
     state_indices: Any,
+    feature_map: FeatureMap | None,
+    qk_norm: str | None,
+    attention_norm: bool,
+    eps: float,
     scale: float,
     out: _Array | None,
     /,

@@ -8,16 +8,18 @@ arXiv 2102.11174.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
 from ._core import ArgumentError
+from .feature_maps import FeatureMap
 
 Array: TypeAlias = NDArray[Any]  # bfloat16, a type that ml_dtypes adds to NumPy, is no np.floating
 Integers: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
+QKNorm: TypeAlias = Literal["sum", "l2"]
 
 
 class Gradients(NamedTuple):
@@ -41,6 +43,10 @@ def delta_rule(
     beta: Array,
     g: Array | None = None,
     *,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
     scale: float = 1.0,
     initial_state: Array | None = None,
     cu_seqlens: Integers | None = None,
@@ -72,11 +78,26 @@ def delta_rule(
         divides H, and head h reads q head h // (H // Hq), and so on.
     g : ndarray [B,T,H] or [B,T,H,K], optional
         Log decay per head, or per head and key channel, of the dtype of q or float32. -inf empties the state.
+    feature_map : FeatureMap, optional
+        An object of :mod:`fwp_core.feature_maps`: phi(q) and phi(k) take the place of q and k. K is then
+        ``feature_map.dim`` of the size of their rows, in ``g`` and in states.
+    qk_norm : {"sum", "l2"}, optional
+        Then rows of q and k are divided by their sum (paper, eq. 29) or their length. A row whose sum or
+        length is 0 becomes 0.
+    attention_norm : bool
+        Whether reads are divided by the keys gathered so far (paper, eqs. 26 to 28)::
+
+            z' = a_t z_{t-1}        S'^T k_t / (z'.k_t + eps) in place of S'^T k_t
+            z_t = z' + k_t          o_t = scale S_t^T q_t / (z_t.q_t + eps)
+
+        both 0 where the product with z is 0. z is kept beside the state: states are [N,H,K,V+1], z last.
+    eps : float
+        Of ``attention_norm`` only.
     scale : float
         Factor of the output.
     initial_state : ndarray [N,H,K,V], optional
         Fast weight before the first token, float32 (float64 where q is). N = B, or the number of packed
-        sequences.
+        sequences. [N,H,K,V+1] with ``attention_norm``, as all states.
     cu_seqlens : sequence of N+1 integers, optional
         Packed sequences, B = 1: sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1] - 1``. It
         starts with 0 and ends with T; a sequence may be empty.
@@ -124,7 +145,21 @@ def delta_rule(
            [5.]])
     """
     o, final_state, _ = _core.delta_rule(
-        q, k, v, beta, g, scale, initial_state, cu_seqlens, out, final_state_out, False
+        q,
+        k,
+        v,
+        beta,
+        g,
+        feature_map,
+        qk_norm,
+        attention_norm,
+        eps,
+        scale,
+        initial_state,
+        cu_seqlens,
+        out,
+        final_state_out,
+        False,
     )
     return o, final_state
 
@@ -136,6 +171,10 @@ def linear_attention(
     beta: Array | None = None,
     g: Array | None = None,
     *,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
     scale: float = 1.0,
     initial_state: Array | None = None,
     cu_seqlens: Integers | None = None,
@@ -152,7 +191,8 @@ def linear_attention(
     (paper, eqs. 10 and 11). With ``g`` it is RetNet, Mamba-2 or the gate of Random Feature Attention, or, for
     one gate per key channel, Gated Linear Attention.
 
-    Parameters, results, errors and promises are those of :func:`delta_rule`; ``beta`` may be None.
+    Parameters, results, errors and promises are those of :func:`delta_rule`; ``beta`` may be None. With
+    ``attention_norm`` it is the Linear Transformer (eqs. 18 and 19): only the output is divided, by z.q.
     Cost: 4 K V flops per token and head.
 
     Examples
@@ -166,7 +206,21 @@ def linear_attention(
            [5.]])
     """
     o, final_state, _ = _core.linear_attention(
-        q, k, v, beta, g, scale, initial_state, cu_seqlens, out, final_state_out, False
+        q,
+        k,
+        v,
+        beta,
+        g,
+        feature_map,
+        qk_norm,
+        attention_norm,
+        eps,
+        scale,
+        initial_state,
+        cu_seqlens,
+        out,
+        final_state_out,
+        False,
     )
     return o, final_state
 
@@ -181,6 +235,10 @@ def delta_rule_backward(
     *,
     dfinal_state: Array | None = None,
     out: Gradients | None = None,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
     scale: float = 1.0,
     initial_state: Array | None = None,
     cu_seqlens: Integers | None = None,
@@ -195,7 +253,7 @@ def delta_rule_backward(
     ----------
     do : ndarray [B,T,H,V]
         Gradient with respect to o, of the dtype of v.
-    q, k, v, beta, g, scale, initial_state, cu_seqlens
+    q, k, v, beta, g, feature_map, qk_norm, attention_norm, eps, scale, initial_state, cu_seqlens
         As given to :func:`delta_rule`.
     dfinal_state : ndarray [N,H,K,V], optional
         Gradient with respect to the final state, float32 (float64 where q is); zero if None.
@@ -229,7 +287,22 @@ def delta_rule_backward(
     """
     return Gradients(
         *_core.delta_rule_backward(
-            do, q, k, v, beta, g, dfinal_state, out, scale, initial_state, cu_seqlens, None
+            do,
+            q,
+            k,
+            v,
+            beta,
+            g,
+            dfinal_state,
+            out,
+            feature_map,
+            qk_norm,
+            attention_norm,
+            eps,
+            scale,
+            initial_state,
+            cu_seqlens,
+            None,
         )
     )
 
@@ -244,6 +317,10 @@ def linear_attention_backward(
     *,
     dfinal_state: Array | None = None,
     out: Gradients | None = None,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
     scale: float = 1.0,
     initial_state: Array | None = None,
     cu_seqlens: Integers | None = None,
@@ -263,7 +340,22 @@ def linear_attention_backward(
     """
     return Gradients(
         *_core.linear_attention_backward(
-            do, q, k, v, beta, g, dfinal_state, out, scale, initial_state, cu_seqlens, None
+            do,
+            q,
+            k,
+            v,
+            beta,
+            g,
+            dfinal_state,
+            out,
+            feature_map,
+            qk_norm,
+            attention_norm,
+            eps,
+            scale,
+            initial_state,
+            cu_seqlens,
+            None,
         )
     )
 
@@ -276,6 +368,10 @@ def vjp(
     beta: Array | None = None,
     g: Array | None = None,
     *,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
     scale: float = 1.0,
     initial_state: Array | None = None,
     cu_seqlens: Integers | None = None,
@@ -288,7 +384,7 @@ def vjp(
     ----------
     fn : fwp_core.delta_rule or fwp_core.linear_attention
         Anything else is an ArgumentError.
-    q, k, v, beta, g, scale, initial_state, cu_seqlens, out, final_state_out
+    q, k, v, beta, g, out, final_state_out, and the options
         As for ``fn``.
 
     Returns
@@ -324,7 +420,21 @@ def vjp(
     # Checkpoints hold for the level they were made at; without them the pullback makes its own.
     level = _core.isa()
     o, final_state, checkpoints = forward(
-        q, k, v, beta, g, scale, initial_state, cu_seqlens, out, final_state_out, True
+        q,
+        k,
+        v,
+        beta,
+        g,
+        feature_map,
+        qk_norm,
+        attention_norm,
+        eps,
+        scale,
+        initial_state,
+        cu_seqlens,
+        out,
+        final_state_out,
+        True,
     )
     if _core.isa() != level:
         checkpoints = None
@@ -334,7 +444,24 @@ def vjp(
     def pullback(do: Array, dfinal_state: Array | None = None, out: Gradients | None = None) -> Gradients:
         kept = checkpoints if _core.isa() == level else None
         return Gradients(
-            *backward(do, q, k, v, beta, g, dfinal_state, out, scale, initial_state, cu_seqlens, kept)
+            *backward(
+                do,
+                q,
+                k,
+                v,
+                beta,
+                g,
+                dfinal_state,
+                out,
+                feature_map,
+                qk_norm,
+                attention_norm,
+                eps,
+                scale,
+                initial_state,
+                cu_seqlens,
+                kept,
+            )
         )
 
     return (o, final_state), pullback
@@ -349,6 +476,10 @@ def delta_rule_step(
     *,
     state: Array,
     state_indices: Integers | None = None,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
     scale: float = 1.0,
     out: Array | None = None,
 ) -> Array:
@@ -371,6 +502,8 @@ def delta_rule_step(
         Slots of a pool of states, as in a server: sequence b reads and writes ``state[state_indices[b]]``.
         No slot may be given twice. -1 leaves a sequence out, as padding of a batch: its output is 0. Slots
         that no sequence has are neither read nor written.
+    feature_map, qk_norm, attention_norm, eps
+        As for :func:`delta_rule`; the state is [B,H,K,V+1] with ``attention_norm``.
     scale : float
         Factor of the output.
     out : ndarray [B,H,V] or [B,T,H,V], optional
@@ -418,7 +551,9 @@ def delta_rule_step(
            [0., 0.],
            [3., 0.]])
     """
-    return _core.delta_rule_step(q, k, v, beta, g, state, state_indices, scale, out)
+    return _core.delta_rule_step(
+        q, k, v, beta, g, state, state_indices, feature_map, qk_norm, attention_norm, eps, scale, out
+    )
 
 
 def linear_attention_step(
@@ -430,6 +565,10 @@ def linear_attention_step(
     *,
     state: Array,
     state_indices: Integers | None = None,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
     scale: float = 1.0,
     out: Array | None = None,
 ) -> Array:
@@ -446,4 +585,6 @@ def linear_attention_step(
     >>> linear_attention_step(k, k, np.array([[[3.0]]]), state=state)
     array([[[4.]]])
     """
-    return _core.linear_attention_step(q, k, v, beta, g, state, state_indices, scale, out)
+    return _core.linear_attention_step(
+        q, k, v, beta, g, state, state_indices, feature_map, qk_norm, attention_norm, eps, scale, out
+    )

@@ -62,6 +62,7 @@ struct Scan {
     g.ld = (kKeys + Tile::kWidth - 1) / Tile::kWidth * Tile::kWidth;
     g.columns = Tile::kColumns;
     g.tiles = (kValues + g.columns - 1) / g.columns;
+    g.tile = g.ld * g.columns;
     g.chunk = 2 * block;
     g.segment = 2 * g.chunk;
     g.window = (kTokens + g.segment - 1) / g.segment * g.segment;
@@ -82,7 +83,7 @@ Outputs forward(Scan& s, Array* checkpoints) {
   Outputs y{Array(kTokens * kHeads * kValues), Array(kHeads * kKeys * kValues)};
   s.p.o = rows(y.o, kValues);
   s.p.hT = states(y.hT);
-  *checkpoints = Array(fwp::first_slot(s.p, s.g, 1) * kHeads * s.g.tiles * s.g.ld * s.g.columns);
+  *checkpoints = Array(fwp::first_slot(s.p, s.g, 1) * kHeads * s.g.tiles * s.g.tile);
   s.p.checkpoints = checkpoints->data();
   auto part = s.part<fwp::ForwardPart>();
   part.output = true;
@@ -111,14 +112,14 @@ Inputs backward(Scan& s, Outputs& dy) {
     gradients.push_back(
         {of_head(d.q, kKeys), of_head(d.k, kKeys), of_head(d.v, kValues), of_head(d.beta, 1), of_head(d.g, gates)});
   }
-  Memory D(static_cast<size_t>(kHeads * s.g.tiles * s.g.ld * s.g.columns) * sizeof(double));
+  Memory D(static_cast<size_t>(kHeads * s.g.tiles * s.g.tile) * sizeof(double));
   auto part = s.part<fwp::BackwardPart>();
   part.end = kTokens;
   part.D = D.base();
   part.gradients = gradients.data();
   part.next_head = 1;
   fwp::Arena size(nullptr);
-  (void)fwp::BackwardScratch<Tile, Rule, Decay, C>(size, s.g, kHeads);
+  (void)fwp::BackwardScratch<Tile, Rule, Decay, C>(size, s.p, s.g, kHeads);
   Memory scratch(size.used());
   fwp::scan_backward<Tile, Rule, Decay, C>(s.p, s.g, part, scratch.base(), s.stop);
   return d;

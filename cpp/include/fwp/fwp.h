@@ -8,6 +8,9 @@
  *     S_t = S' + k_t u_t^T                                                                       write
  *     o_t = scale * S_t^T q_t                                                                    read
  *
+ * Before it, optionally, every row of q and k goes through a feature map and then a normalisation; and reads may be
+ * divided by the keys gathered so far (fwp_options).
+ *
  * Conventions of every function below
  *   - Returns FWP_OK (0) or an error code; fwp_last_error() then holds the message for this thread.
  *   - Nothing is computed and no output is touched before every check has passed. After FWP_INTERRUPTED
@@ -111,15 +114,45 @@ FWP_API const char* fwp_last_error(void) FWP_NOEXCEPT;
 
 /* ---- arguments ---- */
 
+/* Feature maps phi of a row x of size n; K is their number of features.
+ *
+ *     RELU      max(x, 0)                                                            K = n
+ *     ELU1      x + 1 for x > 0, else exp(x)                                         K = n
+ *     SOFTMAX   exp(x) / sum(exp(x))                                                 K = n
+ *     DPFP      r_i r_{i-j mod 2n}, j = 1..nu, i = 0..2n-1, r = [max(x,0); max(-x,0)]  K = 2 n nu, 1 <= nu <= 2n - 1
+ *     FAVOR     [exp(R x - |x|^2/2) + eps; exp(-R x - |x|^2/2) + eps] / sqrt(2m)     K = 2m
+ *
+ * R is projection [m,n], of the dtype of states, read at every call. Fields that a map does not name are ignored. */
+enum { FWP_MAP_RELU = 1, FWP_MAP_ELU1 = 2, FWP_MAP_SOFTMAX = 3, FWP_MAP_DPFP = 4, FWP_MAP_FAVOR = 5 };
+typedef struct fwp_feature_map {
+  size_t struct_size;
+  int kind;
+  int nu;
+  double eps;
+  const DLTensor* projection;
+} fwp_feature_map;
+#define FWP_FEATURE_MAP_INIT {sizeof(fwp_feature_map), 0, 0, 0.0, NULL}
+
+/* Normalisations of a row of phi(q) or phi(k): x / sum(x), x / |x|. A row that has no norm becomes 0. */
+enum { FWP_NORM_NONE = 0, FWP_NORM_SUM = 1, FWP_NORM_L2 = 2 };
+
 /* interrupt is polled by the calling thread every few milliseconds; non-zero stops the call with
- * FWP_INTERRUPTED. It must not throw. Steps are not interrupted. */
+ * FWP_INTERRUPTED. It must not throw. Steps are not interrupted.
+ * feature_map: NULL for none; q and k then have rows of its n, everything else of its K.
+ * attention_norm: 0, or 1 for z' = a z, z_t = z' + k_t, with S'^T k_t / (z'.k_t + eps) in place of S'^T k_t (delta) and
+ * o_t = scale * S_t^T q_t / (z_t.q_t + eps), both 0 where the product with z is 0. States and their gradients are then
+ * [N,H,K,V+1], and z is the last column. */
 typedef struct fwp_options {
   size_t struct_size;
   double scale;
   int (*interrupt)(void* interrupt_data);
   void* interrupt_data;
+  const fwp_feature_map* feature_map;
+  int qk_norm;
+  int attention_norm;
+  double eps;
 } fwp_options;
-#define FWP_OPTIONS_INIT {sizeof(fwp_options), 1.0, NULL, NULL}
+#define FWP_OPTIONS_INIT {sizeof(fwp_options), 1.0, NULL, NULL, NULL, FWP_NORM_NONE, 0, 1e-6}
 
 /* q [B,T,Hq,K]  k [B,T,Hk,K]  v [B,T,Hv,V]  beta [B,T,H]  g [B,T,H] or [B,T,H,K]  h0 [N,H,K,V]
  * H = max(Hq,Hk,Hv); every head count divides H, and head h reads q head h / (H/Hq), and so on.
@@ -206,6 +239,17 @@ FWP_API int fwp_linear_step_workspace(const fwp_options* options, const fwp_inpu
 FWP_API int fwp_delta_step_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
 /* Elements of the checkpoints tensor for these inputs (the same for both rules). */
 FWP_API int fwp_checkpoints(const fwp_options* options, const fwp_inputs* inputs, int64_t* elements) FWP_NOEXCEPT;
+
+/* ---- feature maps alone ---- */
+
+/* K of rows of size n. */
+FWP_API int fwp_feature_size(const fwp_feature_map* map, int64_t n, int64_t* size) FWP_NOEXCEPT;
+/* y [M,K] = phi(x [M,n]) row by row, and d_x from d_y; all of one dtype. Halves are float32 inside. Memory: one row per
+ * thread, and for FAVOR a copy of the projection. */
+FWP_API int fwp_feature_map_fwd(const fwp_feature_map* map, const DLTensor* x, const DLTensor* y,
+                                void* stream) FWP_NOEXCEPT;
+FWP_API int fwp_feature_map_bwd(const fwp_feature_map* map, const DLTensor* d_y, const DLTensor* x, const DLTensor* d_x,
+                                void* stream) FWP_NOEXCEPT;
 
 /* ---- library ---- */
 

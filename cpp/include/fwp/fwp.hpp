@@ -91,10 +91,21 @@ class view {
   bool present_ = false, strided_ = false;
 };
 
+// A feature map of fwp.h: its kind FWP_MAP_..., and what that map needs.
+struct feature_map {
+  int kind = 0;  // none
+  int nu = 1;
+  double eps = 0;
+  view projection{};
+};
 struct options {
   double scale = 1;
   int (*interrupt)(void* data) = nullptr;  // polled every few milliseconds; non-zero stops the call
   void* interrupt_data = nullptr;
+  fwp::feature_map feature_map{};
+  int qk_norm = FWP_NORM_NONE;
+  bool attention_norm = false;
+  double eps = 1e-6;
 };
 struct inputs {
   view q{}, k{}, v{}, beta{}, g{}, h0{}, cu_seqlens{}, state_indices{};
@@ -127,9 +138,38 @@ class pointer {
   bool present_;
 };
 
-inline fwp_options c_options(const options& options) {
-  return {sizeof(fwp_options), options.scale, options.interrupt, options.interrupt_data};
-}
+// The C form of a feature map, and of options.
+class c_map {
+ public:
+  explicit c_map(const feature_map& map)
+      : projection_(map.projection), map_{sizeof(fwp_feature_map), map.kind, map.nu, map.eps, projection_.get()} {}
+  c_map(const c_map&) = delete;  // map_ points into this object
+  c_map& operator=(const c_map&) = delete;
+  const fwp_feature_map* get() const noexcept { return map_.kind != 0 ? &map_ : nullptr; }
+
+ private:
+  pointer projection_;
+  fwp_feature_map map_;
+};
+
+class c_options {
+ public:
+  explicit c_options(const options& options)
+      : map_(options.feature_map),
+        options_{sizeof(fwp_options),
+                 options.scale,
+                 options.interrupt,
+                 options.interrupt_data,
+                 map_.get(),
+                 options.qk_norm,
+                 options.attention_norm ? 1 : 0,
+                 options.eps} {}
+  const fwp_options* get() const noexcept { return &options_; }
+
+ private:
+  c_map map_;
+  fwp_options options_;
+};
 
 // Calls fn with the C form of the inputs.
 template <class Fn>
@@ -146,9 +186,9 @@ template <class Forward>
 void fwd(Forward* forward, const inputs& in, const outputs& out, const options& options, workspace scratch) {
   const pointer o(out.o), hT(out.hT), checkpoints(out.checkpoints);
   const fwp_outputs outputs{sizeof(fwp_outputs), o.get(), hT.get(), checkpoints.get()};
-  const fwp_options settings = c_options(options);
+  const c_options settings(options);
   with_inputs(in, [&](const fwp_inputs* inputs) {
-    return forward(&settings, inputs, &outputs, scratch.data, scratch.bytes, nullptr);
+    return forward(settings.get(), inputs, &outputs, scratch.data, scratch.bytes, nullptr);
   });
 }
 
@@ -159,9 +199,9 @@ void bwd(Backward* backward, const inputs& in, const cotangents& from, const gra
   const fwp_cotangents cotangents{sizeof(fwp_cotangents), d_o.get(), d_hT.get(), checkpoints.get()};
   const pointer dq(to.dq), dk(to.dk), dv(to.dv), dbeta(to.dbeta), dg(to.dg), dh0(to.dh0);
   const fwp_gradients gradients{sizeof(fwp_gradients), dq.get(), dk.get(), dv.get(), dbeta.get(), dg.get(), dh0.get()};
-  const fwp_options settings = c_options(options);
+  const c_options settings(options);
   with_inputs(in, [&](const fwp_inputs* inputs) {
-    return backward(&settings, inputs, &cotangents, &gradients, scratch.data, scratch.bytes, nullptr);
+    return backward(settings.get(), inputs, &cotangents, &gradients, scratch.data, scratch.bytes, nullptr);
   });
 }
 
@@ -169,17 +209,17 @@ template <class Step>
 void step(Step* function, const inputs& in, const view& state, const view& o, const options& options,
           workspace scratch) {
   const pointer S(state), out(o);
-  const fwp_options settings = c_options(options);
+  const c_options settings(options);
   with_inputs(in, [&](const fwp_inputs* inputs) {
-    return function(&settings, inputs, S.get(), out.get(), scratch.data, scratch.bytes, nullptr);
+    return function(settings.get(), inputs, S.get(), out.get(), scratch.data, scratch.bytes, nullptr);
   });
 }
 
 template <class Number, class Query>
-Number ask(Query* query, const inputs& in) {
+Number ask(Query* query, const inputs& in, const options& options) {
   Number answer = 0;
-  const fwp_options settings = c_options({});
-  with_inputs(in, [&](const fwp_inputs* inputs) { return query(&settings, inputs, &answer); });
+  const c_options settings(options);
+  with_inputs(in, [&](const fwp_inputs* inputs) { return query(settings.get(), inputs, &answer); });
   return answer;
 }
 
@@ -218,15 +258,46 @@ inline void delta_step(const inputs& in, const view& state, const view& o, const
 // ---- sizes ----
 
 // Elements of the 1-d checkpoints tensor, of the state's dtype.
-inline int64_t checkpoints(const inputs& in) { return detail::ask<int64_t>(fwp_checkpoints, in); }
+inline int64_t checkpoints(const inputs& in, const options& options = {}) {
+  return detail::ask<int64_t>(fwp_checkpoints, in, options);
+}
 
 // Bytes of workspace, with the current number of threads and instruction set.
-inline size_t linear_fwd_workspace(const inputs& in) { return detail::ask<size_t>(fwp_linear_fwd_workspace, in); }
-inline size_t delta_fwd_workspace(const inputs& in) { return detail::ask<size_t>(fwp_delta_fwd_workspace, in); }
-inline size_t linear_bwd_workspace(const inputs& in) { return detail::ask<size_t>(fwp_linear_bwd_workspace, in); }
-inline size_t delta_bwd_workspace(const inputs& in) { return detail::ask<size_t>(fwp_delta_bwd_workspace, in); }
-inline size_t linear_step_workspace(const inputs& in) { return detail::ask<size_t>(fwp_linear_step_workspace, in); }
-inline size_t delta_step_workspace(const inputs& in) { return detail::ask<size_t>(fwp_delta_step_workspace, in); }
+inline size_t linear_fwd_workspace(const inputs& in, const options& options = {}) {
+  return detail::ask<size_t>(fwp_linear_fwd_workspace, in, options);
+}
+inline size_t delta_fwd_workspace(const inputs& in, const options& options = {}) {
+  return detail::ask<size_t>(fwp_delta_fwd_workspace, in, options);
+}
+inline size_t linear_bwd_workspace(const inputs& in, const options& options = {}) {
+  return detail::ask<size_t>(fwp_linear_bwd_workspace, in, options);
+}
+inline size_t delta_bwd_workspace(const inputs& in, const options& options = {}) {
+  return detail::ask<size_t>(fwp_delta_bwd_workspace, in, options);
+}
+inline size_t linear_step_workspace(const inputs& in, const options& options = {}) {
+  return detail::ask<size_t>(fwp_linear_step_workspace, in, options);
+}
+inline size_t delta_step_workspace(const inputs& in, const options& options = {}) {
+  return detail::ask<size_t>(fwp_delta_step_workspace, in, options);
+}
+
+// ---- feature maps alone ----
+
+inline int64_t feature_size(const feature_map& map, int64_t n) {
+  int64_t size = 0;
+  check(fwp_feature_size(detail::c_map(map).get(), n, &size));
+  return size;
+}
+// y [M,K] = phi(x [M,n]), and d_x from d_y.
+inline void feature_map_fwd(const feature_map& map, const view& x, const view& y) {
+  const detail::pointer in(x), out(y);
+  check(fwp_feature_map_fwd(detail::c_map(map).get(), in.get(), out.get(), nullptr));
+}
+inline void feature_map_bwd(const feature_map& map, const view& d_y, const view& x, const view& d_x) {
+  const detail::pointer dy(d_y), in(x), dx(d_x);
+  check(fwp_feature_map_bwd(detail::c_map(map).get(), dy.get(), in.get(), dx.get(), nullptr));
+}
 
 // ---- library ----
 

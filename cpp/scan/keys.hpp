@@ -1,0 +1,164 @@
+// Rows of keys and queries on their way from the caller's memory to the recurrence, through the feature map and the
+// normalisation, and their gradients on the way back. The rows of the recurrence never exist for more than a few
+// tokens.
+#pragma once
+
+#include "rows.hpp"
+//
+#include "../features/maps.hpp"
+#include "../features/norms.hpp"
+
+namespace fwp {
+namespace {
+
+template <class Tile>
+struct Keys {
+  using T = typename Tile::Scalar;
+  const Features& f;
+  int64_t size;   // of a row as it comes
+  int64_t K;      // of its image
+  T* x;           // a row as it came
+  T *y, *dx;      // its image, and a gradient
+  T* work;        // of the map
+  T* projection;  // of FAVOR+, as features/maps.hpp wants it
+
+  Keys(Arena& arena, const Problem& p) : f(p.features), size(p.key_size()), K(p.K) {
+    const int64_t n = f.active() ? whole_tiles(size) : 0, m = Tile::up(f.directions);
+    x = arena.take<T>(n);
+    dx = arena.take<T>(n);
+    y = arena.take<T>(f.active() ? Tile::up(K) : 0);
+    work = arena.take<T>(f.map == Map::dpfp ? 8 * size : 4 * m);
+    projection = arena.take<T>(m * n);
+    if (f.map == Map::favor && projection) tile_projection(n, m);
+  }
+
+  // Row t of keys or queries as the recurrence takes it, times a factor; zeros up to `padded`.
+  void stage(const HeadRows& rows, int64_t t, T* to, int64_t padded, T factor = 1) const {
+    if (!f.active()) return stage_row<Tile>(rows, t, 0, K, to, padded, factor);
+    read(rows, t);
+    map_fwd(to);
+    if (f.norm != Norm::none) norm_fwd<Tile>(f.norm, to, K);
+    for (int64_t i = 0; i < K && factor != 1; ++i) to[i] *= factor;
+    fill<T>(to + K, padded - K, 0);
+  }
+
+  // From the gradient dy of the image of row t, which is overwritten, that of the row; valid until the next call.
+  const T* pull_back(const HeadRows& rows, int64_t t, T* dy) const {
+    read(rows, t);
+    map_fwd(y);
+    if (f.norm != Norm::none) norm_bwd(f.norm, y, norm_of<Tile>(f.norm, y, K), K, dy);
+    map_bwd(dy);
+    return dx;
+  }
+
+ private:
+  static int64_t whole_tiles(int64_t n) { return (n + Tile::kColumns - 1) / Tile::kColumns * Tile::kColumns; }
+
+  void read(const HeadRows& rows, int64_t t) const { stage_row<Tile>(rows, t, 0, size, x, whole_tiles(size)); }
+
+  void map_fwd(T* to) const {
+    switch (f.map) {
+      case Map::none:
+        return copy_numbers(x, to);
+      case Map::relu:
+        return relu_fwd(x, size, to);
+      case Map::elu1:
+        return elu1_fwd<Tile>(x, size, to);
+      case Map::softmax:
+        return softmax_fwd<Tile>(x, size, to);
+      case Map::dpfp:
+        return dpfp_fwd(x, size, f.nu, work, to);
+      case Map::favor:
+        return favor_fwd<Tile>(f, projection, x, work, to);
+    }
+  }
+  void map_bwd(const T* dy) const {
+    switch (f.map) {
+      case Map::none:
+        return copy_numbers(dy, dx);
+      case Map::relu:
+        return relu_bwd(x, size, dy, dx);
+      case Map::elu1:
+        return elu1_bwd(x, size, y, dy, dx);
+      case Map::softmax:
+        return softmax_bwd<Tile>(size, y, dy, dx);
+      case Map::dpfp:
+        return dpfp_bwd(x, size, f.nu, work, dy, dx);
+      case Map::favor:
+        return favor_bwd<Tile>(f, projection, x, work, dy, dx);
+    }
+  }
+
+  void copy_numbers(const T* from, T* to) const {
+    for (int64_t i = 0; i < K; ++i) to[i] = from[i];
+  }
+
+  // [columns of x][m][kColumns], zeros where the projection ends.
+  void tile_projection(int64_t n, int64_t m) {
+    const T* const R = static_cast<const T*>(f.projection);
+    fill<T>(projection, m * n, 0);
+    for (int64_t i = 0; i < f.directions; ++i)
+      for (int64_t d = 0; d < size; ++d)
+        projection[d / Tile::kColumns * m * Tile::kColumns + i * Tile::kColumns + d % Tile::kColumns] =
+            R[i * f.projection_stride + d];
+  }
+};
+
+// The map by itself, from rows to rows.
+template <class Tile>
+struct MapRows {
+  using T = typename Tile::Scalar;
+  Keys<Tile> keys;
+  T* y;
+
+  MapRows(Arena& arena, const Problem& p) : keys(arena, p), y(arena.take<T>(Tile::up(p.K))) {}
+
+  void run(const Problem& p, int64_t begin, int64_t end) const {
+    const Sequence all{0, 0, p.T};
+    const HeadRows x = head_rows(p.q, all, 0), to = head_rows(p.o, all, 0);
+    const HeadRows dy = head_rows(p.d_o, all, 0), dx = head_rows(p.dq, all, 0);
+    for (int64_t t = begin; t < end; ++t) {
+      if (dy.data) {
+        stage_row<Tile>(dy, t, 0, p.K, y, p.K);
+        store_row<Tile>(keys.pull_back(x, t, y), keys.size, dx, t, 0);
+      } else {
+        keys.stage(x, t, y, Tile::up(p.K));
+        store_row<Tile>(y, p.K, to, t, 0);
+      }
+    }
+  }
+};
+
+// Writes the sums of a segment of n tokens, from token t0 on, into the rows that were not added up in place: keys and
+// queries through their map, all rounded.
+template <class Tile, class T>
+void deliver_keys(const Keys<Tile>& keys, const HeadRows& from, int64_t t0, int64_t n, const GradientRows& sums,
+                  const GradientRows& to, int64_t skip) {
+  if (!to.data) return;
+  with_type<T>(to.dtype, [&](auto type) {
+    auto* out = static_cast<decltype(type)*>(to.data) + skip * to.stride;
+    for (int64_t t = 0; t < n; ++t)
+      copy_out<Tile>(keys.pull_back(from, t0 + t, static_cast<T*>(sums.data) + t * sums.stride), keys.size,
+                     out + t * to.stride);
+  });
+}
+template <class Tile>
+void deliver_segment(const Problem& p, const Geometry& g, const BackwardPart& part, const Keys<Tile>& keys,
+                     const Head& head, int64_t t0, int64_t n, const HeadGradients& sums, const HeadGradients& to) {
+  using T = typename Tile::Scalar;
+  const int64_t skip = t0 - part.begin;
+  if (part.maps) {
+    deliver_keys<Tile, T>(keys, head.q, t0, n, sums.dq, to.dq, skip);
+    deliver_keys<Tile, T>(keys, head.k, t0, n, sums.dk, to.dk, skip);
+  } else {
+    round_rows<Tile>(sums.dq, n, p.K, to.dq, skip);
+    round_rows<Tile>(sums.dk, n, p.K, to.dk, skip);
+  }
+  const int64_t left = p.V - part.tile_begin * g.columns, columns = (part.tile_end - part.tile_begin) * g.columns;
+  round_rows<Tile>(sums.dv, n, left < columns ? left : columns, to.dv, skip);
+  round_rows<Tile>(sums.dbeta, n, 1, to.dbeta, skip);
+  round_rows<Tile>(sums.dg, n, p.decay == fwp::Decay::channel ? p.K : 1, to.dg, skip);
+}
+
+}  // namespace
+}  // namespace fwp

@@ -1,0 +1,33 @@
+// Feature maps as Python objects, and as fwp.h takes them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "fwp/fwp.h"
+#include "numpy.hpp"
+
+namespace fwp::python {
+
+// Immutable. It keeps its projection alive.
+class FeatureMap {
+ public:
+  FeatureMap(int kind, int nu, double eps, pybind11::handle projection);
+
+  const fwp_feature_map* tensors() const { return &map_; }
+  int nu() const { return map_.nu; }
+  double eps() const { return map_.eps; }
+  pybind11::object projection() const { return projection_.object(); }
+
+  int64_t size(int64_t n) const;  // features of a row of n numbers
+  pybind11::object forward(pybind11::handle x) const;
+  pybind11::object backward(pybind11::handle dy, pybind11::handle x) const;
+
+ private:
+  Array projection_;
+  fwp_feature_map map_;
+};
+
+// None: NULL.
+const FeatureMap* feature_map(pybind11::handle object);
+
+}  // namespace fwp::python

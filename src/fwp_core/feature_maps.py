@@ -1,0 +1,218 @@
+"""Feature maps: what makes the keys and queries of a fast weight from those of the slow network.
+
+A map phi turns each row of size n into ``phi.dim(n)`` features. Given to a scan as ``feature_map=``, it is
+applied inside, forward and backward, and phi(q) and phi(k) never exist for the whole sequence. Called by
+itself it returns them, and ``backward`` their gradient. A map of your own is applied outside: pass phi(q) and
+phi(k) to the scan and its gradients to your map's.
+
+Formulas and references: Schlag, Irie, Schmidhuber 2021, arXiv 2102.11174, section 5.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from . import _core
+from ._core import ArgumentError
+
+__all__ = ["DPFP", "ELU1", "FAVOR", "FeatureMap", "ReLU", "Softmax", "orthogonal_gaussian"]
+
+Array = NDArray[Any]
+
+# FWP_MAP_... of fwp.h
+_RELU, _ELU1, _SOFTMAX, _DPFP, _FAVOR = range(1, 6)
+
+
+class FeatureMap(_core.FeatureMap):
+    """What all feature maps can do; see the maps themselves."""
+
+    __slots__ = ()
+
+    def dim(self, n: int) -> int:
+        """Return the number of features of a row of size ``n``."""
+        return self._size(n)
+
+    def __call__(self, x: Array) -> Array:
+        """Return the features of every row of x.
+
+        Parameters
+        ----------
+        x : ndarray [..., n]
+            float32, float64, float16 or bfloat16; any strides. Halves are float32 inside, rounded once.
+
+        Returns
+        -------
+        y : ndarray [..., dim(n)]
+            Of x's dtype.
+
+        Raises
+        ------
+        ShapeError, DTypeError, ArgumentError
+            Before anything is computed.
+        """
+        return self._forward(x)
+
+    def backward(self, dy: Array, x: Array) -> Array:
+        """Return the gradient of sum(phi(x) * dy) with respect to x.
+
+        Parameters
+        ----------
+        dy : ndarray [..., dim(n)]
+            Gradient with respect to phi(x), of x's dtype.
+        x : ndarray [..., n]
+            As given to the map.
+
+        Returns
+        -------
+        dx : ndarray [..., n]
+            Of x's dtype.
+        """
+        return self._backward(dy, x)
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self._arguments()))})"
+
+
+class ReLU(FeatureMap):
+    """phi(x) = max(x, 0), n features. The gradient at 0 is 0."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(_RELU, 0, 0.0, None)
+
+
+class ELU1(FeatureMap):
+    """phi(x) = x + 1 for x > 0, else exp(x): ELU(x) + 1, n features (Katharopoulos et al. 2020).
+
+    By branches: where x is far below zero the sum would cancel, in half precision from x = -8 on to nothing.
+    """
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(_ELU1, 0, 0.0, None)
+
+
+class Softmax(FeatureMap):
+    """phi(x) = exp(x) / sum(exp(x)) over the row, n features."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(_SOFTMAX, 0, 0.0, None)
+
+
+class DPFP(FeatureMap):
+    """Deterministic parameter-free projection (paper, eq. 37), 2 n nu features, most of them zero.
+
+    With r = [max(x, 0); max(-x, 0)] of size 2n, feature (j-1) 2n + i is r_i r_{i-j mod 2n}, for j = 1..nu and
+    i = 0..2n-1: the order of the paper's own code.
+
+    Parameters
+    ----------
+    nu : int
+        How many shifts, from 1 to 2n - 1; shift n gives zeros, and those beyond it the same products as
+        those before.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, nu: int = 1) -> None:
+        if isinstance(nu, bool) or not isinstance(nu, (int, np.integer)):
+            raise _core.DTypeError(f"nu: expected an integer, got {type(nu).__name__}")
+        if not 1 <= nu < 2**31:
+            raise ArgumentError(f"nu: expected an integer of at least 1, got {nu}")
+        super().__init__(_DPFP, int(nu), 0.0, None)
+
+    @property
+    def nu(self) -> int:
+        """How many shifts."""
+        return self._nu
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return (self.nu,)
+
+
+class FAVOR(FeatureMap):
+    """Positive random features of the softmax kernel (eqs. 31 and 32; Choromanski et al. 2021), 2m of them.
+
+    With R the projection, phi(x) = [exp(R x - |x|^2/2) + eps; exp(-R x - |x|^2/2) + eps] / sqrt(2m), taken
+    in log space. For Gaussian rows of R, phi(q).phi(k) estimates exp(q.k).
+
+    Parameters
+    ----------
+    projection : ndarray [m, n]
+        The directions R, float32 (float64 where x is). It is read at every call; see
+        :func:`orthogonal_gaussian`.
+    eps : float
+        Added to every exponential, so that no row of features is all zero.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, projection: Array, eps: float = 0.0) -> None:
+        if projection is None:
+            raise _core.DTypeError("projection: expected a numpy.ndarray, got None")
+        if isinstance(eps, bool) or not isinstance(eps, (float, int, np.floating, np.integer)):
+            raise _core.DTypeError(f"eps: expected a number, got {type(eps).__name__}")
+        if not 0 <= eps < np.inf:
+            raise ArgumentError(f"eps: expected a finite number of 0 or more, got {eps}")
+        super().__init__(_FAVOR, 0, float(eps), projection)
+        if self.projection.ndim != 2 or len(self.projection) == 0:
+            shape = self.projection.shape
+            raise _core.ShapeError(f"projection: expected shape (m, n) with m of at least 1, got {shape}")
+
+    @property
+    def projection(self) -> Array:
+        """The directions R."""
+        projection = self._projection
+        assert projection is not None
+        return projection
+
+    @property
+    def eps(self) -> float:
+        """What is added to every exponential."""
+        return self._eps
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.projection, self.eps
+
+    def __repr__(self) -> str:
+        m, n = self.projection.shape
+        return f"FAVOR(<{m} x {n} {self.projection.dtype}>, eps={self.eps!r})"
+
+
+def orthogonal_gaussian(
+    m: int, n: int, seed: int | np.random.Generator, dtype: DTypeLike = np.float32
+) -> Array:
+    """Draw a projection for :class:`FAVOR`: rows distributed as Gaussian ones, orthogonal in groups of n.
+
+    Parameters
+    ----------
+    m, n : int
+        Shape of the projection.
+    seed : int or numpy.random.Generator
+        The same seed gives the same rows.
+    dtype : dtype
+        float32, or float64 for float64 keys.
+
+    Returns
+    -------
+    projection : ndarray [m, n]
+    """
+    rng = np.random.default_rng(seed)
+    groups = [np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(0, m, max(n, 1))]
+    directions = np.concatenate([*groups, np.empty((0, n))])[:m]
+    lengths = np.linalg.norm(rng.standard_normal((m, n)), axis=1, keepdims=True)
+    projection: Array = (directions * lengths).astype(dtype)
+    return projection
