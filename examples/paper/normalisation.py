@@ -120,44 +120,55 @@ def slope(s):
 
 
 def smooth(x):
-    """The geometric mean over the last sixteenth of the steps so far, for drawing."""
-    total = np.concatenate([[0], np.cumsum(np.log(np.maximum(x, 1e-300)))])
-    i = np.arange(1, len(x) + 1)
-    first = i - np.maximum(i // 16, 1)
-    return np.exp((total[i] - total[first]) / (i - first))
+    """The geometric mean over the last sixteenth of the steps so far; NaN where nothing has a logarithm."""
+    there = np.isfinite(x) & (x > 0)
+    total, count = (
+        np.concatenate([[0], np.cumsum(y)]) for y in (np.log(np.where(there, x, 1)), there.astype(float))
+    )
+    last = np.arange(1, len(x) + 1)
+    first = last - np.maximum(last // 16, 1)
+    counted = count[last] - count[first]
+    mean = (total[last] - total[first]) / np.maximum(counted, 1)
+    return np.where(counted > 0, np.exp(mean), np.nan)
 
 
 def draw(path, contrasts, grown):
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(12.5, 8.4), layout="constrained")
-        colours = {set_up.label: plt.get_cmap("tab10")(i) for i, set_up in enumerate(SET_UPS)}
-        draw_contrast(axes[0, 0], contrasts, colours)
-        for panel, name, title in (
-            (axes[0, 1], "s", "Accumulator: what a read is divided by, s = z.φ(k)"),
-            (axes[1, 0], "balance", "Weight on what is removed over weight on what is written"),
-            (axes[1, 1], "write_strength", "Share of the new value in what its key reads"),
+        figure, axes = plt.subplots(2, 3, figsize=(15.5, 8), layout="constrained")
+        figure.suptitle(
+            "Delta rule: contrast of 16 pairs shown again and again, and growth over random pairs"
+        )
+        sweeps = max(map(len, contrasts.values())) // 2
+        draw_lines(axes[0, 0], {label: x[:sweeps] for label, x in contrasts.items()})
+        draw_lines(axes[0, 1], {label: x[sweeps:] for label, x in contrasts.items()})
+        panels = {
+            "s": "Accumulator: what a read is divided by, s = z.φ(k)",
+            "balance": "Weight on what is removed / weight on what is written",
+            "write_strength": "Share of the new value in what its key reads",
+            "state": "Size of the fast weight",
+        }
+        for panel, name in zip(axes.flat[2:], panels, strict=True):
+            draw_lines(panel, {label: smooth(x[name]) for label, x in grown.items() if shown(label, name)})
+            panel.set(title=panels[name], xlabel="step", yscale="log")
+        axes[1, 2].set_ylim(top=1e4)
+        for panel, title in zip(
+            axes[0, :2], ("Contrast |v - v~| / |v|", "The same, after all values are new"), strict=True
         ):
-            for label, measures in grown.items():
-                if name != "s" or "attention" in label:
-                    panel.loglog(smooth(measures[name]), color=colours[label], label=label, linewidth=1.4)
-            panel.set(title=title, xlabel="step")
-        axes[1, 0].axhline(1, color="black", linewidth=0.8, linestyle=":")
+            panel.set(title=title, xlabel="sweep over the pairs", ylim=(-0.03, 1.6))
         save(figure, axes.flat, path)
 
 
-def draw_contrast(axes, contrasts, colours):
-    for label, contrast in contrasts.items():
-        axes.semilogx(
-            np.arange(1, len(contrast) + 1), contrast, color=colours[label], label=label, linewidth=1.6
-        )
-    replaced = max(map(len, contrasts.values())) // 2
-    axes.axvline(replaced, color="black", linewidth=0.8, linestyle=":")
-    axes.text(replaced, 1.43, "new values ", ha="right", va="top")
-    axes.set(
-        title="Contrast |v - v~| / |v| of fixed pairs shown again and again",
-        xlabel="sweep over the pairs",
-        ylim=(-0.03, 1.45),
-    )
+def shown(label, name):
+    """Without attention normalisation s is 1; without a feature map sums have any sign."""
+    return {"s": "attention" in label, "balance": "no map" not in label}.get(name, True)
+
+
+def draw_lines(axes, lines):
+    for i, set_up in enumerate(SET_UPS):
+        if (y := lines.get(set_up.label)) is not None:
+            style = "--" if "+ attention" in set_up.label else "-"
+            colour = plt.get_cmap("tab10")(i)
+            axes.semilogx(np.arange(1, len(y) + 1), y, style, color=colour, label=set_up.label, linewidth=1.5)
 
 
 def summary(contrasts, grown, sweeps):
