@@ -146,7 +146,7 @@ void Call::read_options(const fwp_options& settings) {
          settings.qk_norm);
   if (settings.attention_norm != 0 && settings.attention_norm != 1)
     fail(FWP_ARGUMENT_ERROR, "attention_norm: expected 0 or 1, got ", settings.attention_norm);
-  if (settings.attention_norm == 1 && (!(settings.eps >= 0) || std::isinf(settings.eps)))
+  if (!(settings.eps >= 0) || std::isinf(settings.eps))
     fail(FWP_ARGUMENT_ERROR, "eps: expected a finite number of 0 or more, got ", settings.eps);
   problem.features.norm = norms[settings.qk_norm];
   problem.attention_norm = settings.attention_norm == 1;
@@ -212,6 +212,11 @@ void Call::add_step_outputs(const DLTensor* state, const DLTensor* o) {
   problem.o = rows(read("o", o, problem.dtype, axes({"H", problem.H}, {"V", problem.V}), Access::write));
   problem.hT = read_states("state", state, Access::write);
   problem.h0 = problem.hT;
+}
+
+void Call::add_probes(const DLTensor* probes) {
+  const Axes all{{"B", batch_}, {"T", problem.T}, {"H", problem.H}, {"probes", kProbes}};
+  problem.o = rows(read("probes", probes, accumulation(problem.dtype), all, Access::write));
 }
 
 void Call::add_cotangents(const fwp_cotangents* cotangents) {
