@@ -324,7 +324,7 @@ def test_attention_normalisation_reads_a_mixture(label):
     keys, values = rng.standard_normal((2, 30, 64))
     keys, values = np.append(keys, keys[-1:], axis=0), np.append(values, values[-1:], axis=0)
     m = normalisation.trace(set_up(label), keys, values, beta=0.4)
-    s, n, v = m["s"][29], m["s"][30] - m["s"][29], values[29]
+    s, n, v = m["accumulator"][29], m["accumulator"][30] - m["accumulator"][29], values[29]
     assert abs(m["write_strength"][29] - 0.4 * n / (s + n)) < 1e-12
     old = normalisation.trace(set_up(label), keys[:-1], values[:-1], beta=0.4)
     assert old["contrast"][29] == m["contrast"][29]
@@ -354,9 +354,9 @@ def test_what_each_normalisation_keeps_fixed():
 def test_the_accumulator_grows_with_the_steps():
     for label in ("ELU+1, attention", "ELU+1, sum + attention"):
         m = normalisation.growth(set_up(label), 600)
-        assert 0.9 < normalisation.slope(m["s"]) < 1.1
+        assert 0.9 < normalisation.slope(m["accumulator"]) < 1.1
         assert m["balance"][-1] < 0.1 * m["balance"][10]
-    assert len(normalisation.growth(set_up("ELU+1"), 600)["state"]) < 30  # diverges
+    assert len(normalisation.growth(set_up("ELU+1"), 600)["state_norm"]) < 30  # diverges
 
 
 def test_slope_and_smoothing():

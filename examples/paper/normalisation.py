@@ -3,13 +3,13 @@
     python normalisation.py                        writes results/normalisation.json and .png, under a minute
 
 The paper argues that attention normalisation suits the delta rule badly: its accumulator z only grows, and it
-does not balance what is removed against what is written. Here both are measured. At each step, with phi the
-key's features, z and S from before the step, and v~ what the key reads then:
+does not balance what is removed against what is written. Here fwp.diagnose measures both. At each step, with
+phi the key's features, n = |phi|^2, z from before the step, and v~ what the key reads then:
 
     contrast            |v - v~| / |v|       how far what is stored is from what is written
-    s                   z.phi                what attention normalisation divides by
+    accumulator s       z.phi                what attention normalisation divides by
     write strength      beta n / (s + n)     share of the new value in what the key reads after the write;
-                                             n = |phi|^2; beta n without attention normalisation
+                                             beta n without attention normalisation
     balance             sum(phi) / s         weight on old columns over weight on the new value; sum(phi)
                                              without attention normalisation, which sum normalisation makes 1
 """
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 from figures import STYLE, plt, save
-from memories import normalised
 from tqdm import tqdm
 
 import fwp_core as fwp
@@ -30,7 +29,7 @@ from fwp_core import feature_maps as maps
 
 HERE = Path(__file__).parent
 SIZE = 64  # of keys and values
-EPS = 1e-6
+PROBES = ("contrast", "accumulator", "write_strength", "balance", "state_norm")
 OVERFLOW = 1e30  # a state as large as this is called diverged
 
 
@@ -44,7 +43,7 @@ class SetUp:
     @property
     def options(self):
         names = ("feature_map", "qk_norm", "attention_norm")
-        return {name: getattr(self, name) for name in names} | {"eps": EPS}
+        return {name: getattr(self, name) for name in names}
 
 
 SET_UPS = [
@@ -61,39 +60,11 @@ SET_UPS = [
 
 
 def trace(set_up, keys, values, beta):
-    """Measure each step of the delta rule over keys, values [T,n]: {name: [T]}, shorter where it diverges."""
-    features = keys if set_up.feature_map is None else set_up.feature_map(keys)
-    if set_up.qk_norm is not None:
-        features = normalised(features, set_up.qk_norm)
-    columns = values.shape[1] + set_up.attention_norm
-    state = np.zeros((1, 1, features.shape[1], columns))
-    strength = np.full((1, 1), float(beta))
-    measured = []
-    for key, value, phi in zip(keys, values, features, strict=True):
-        measured.append(measure(set_up, state[0, 0], value, phi, beta))
-        k, v = key[None, None], value[None, None]
-        fwp.delta_rule_step(k, k, v, strength, state=state, **set_up.options)
-        if not np.abs(state).max() < OVERFLOW:
-            break
-    return {name: np.array([row[name] for row in measured]) for name in measured[0]}
-
-
-def measure(set_up, state, value, phi, beta):
-    """The measures of one step; state [K,V] or [K,V+1] is that before the step, phi [K]."""
-    read = phi @ state
-    s, length = 1.0, phi @ phi
-    write_strength = beta * length
-    if set_up.attention_norm:
-        read, s = read[:-1], read[-1]
-        read = read / (s + EPS) if s != 0 else np.zeros_like(read)
-        write_strength = beta * length / (s + length)
-    return {
-        "contrast": np.linalg.norm(value - read) / np.linalg.norm(value),
-        "s": s,
-        "write_strength": write_strength,
-        "balance": phi.sum() / s if s != 0 else np.inf,
-        "state": np.linalg.norm(state[:, : len(value)]),
-    }
+    """The probes of the delta rule over keys, values [T,n]: {name: [T]}, cut where the state diverges."""
+    k, v = keys[None, :, None], values[None, :, None]
+    d = fwp.diagnose(fwp.delta_rule, k, k, v, np.full(k.shape[:3], beta), **set_up.options)
+    length = np.count_nonzero(np.logical_and.accumulate(d.state_norm[0, :, 0] < OVERFLOW))
+    return {name: getattr(d, name)[0, :length, 0] for name in PROBES}
 
 
 def repeated_pairs(set_up, pairs, sweeps, seed=0):
@@ -142,10 +113,10 @@ def draw(path, contrasts, grown):
         draw_lines(axes[0, 0], {label: x[:sweeps] for label, x in contrasts.items()})
         draw_lines(axes[0, 1], {label: x[sweeps:] for label, x in contrasts.items()})
         panels = {
-            "s": "Accumulator: what a read is divided by, s = z.φ(k)",
+            "accumulator": "Accumulator: what a read is divided by, s = z.φ(k)",
             "balance": "Weight on what is removed / weight on what is written",
             "write_strength": "Share of the new value in what its key reads",
-            "state": "Size of the fast weight",
+            "state_norm": "Size of the fast weight",
         }
         for panel, name in zip(axes.flat[2:], panels, strict=True):
             draw_lines(panel, {label: smooth(x[name]) for label, x in grown.items() if shown(label, name)})
@@ -159,8 +130,8 @@ def draw(path, contrasts, grown):
 
 
 def shown(label, name):
-    """Without attention normalisation s is 1; without a feature map sums have any sign."""
-    return {"s": "attention" in label, "balance": "no map" not in label}.get(name, True)
+    """s divides under attention normalisation only; without a feature map sums have any sign."""
+    return {"accumulator": "attention" in label, "balance": "no map" not in label}.get(name, True)
 
 
 def draw_lines(axes, lines):
@@ -171,7 +142,7 @@ def draw_lines(axes, lines):
             axes.semilogx(np.arange(1, len(y) + 1), y, style, color=colour, label=set_up.label, linewidth=1.5)
 
 
-def summary(contrasts, grown, sweeps):
+def summary(contrasts, grown, sweeps, steps):
     """What results/normalisation.json holds: figures at powers of four, None where a set-up has diverged."""
 
     def at(x, i):
@@ -185,10 +156,8 @@ def summary(contrasts, grown, sweeps):
         },
         "growth": {
             label: {
-                "diverged_at": len(m["s"])
-                if len(m["s"]) < max(len(x["s"]) for x in grown.values())
-                else None,
-                "slope_of_s": slope(m["s"]) if "attention" in label else None,
+                "diverged_at": len(m["balance"]) + 1 if len(m["balance"]) < steps else None,
+                "slope_of_s": slope(m["accumulator"]) if "attention" in label else None,
                 **{name: {i: at(smooth(x), i) for i in sizes if i <= len(x)} for name, x in m.items()},
             }
             for label, m in grown.items()
@@ -208,7 +177,7 @@ def main(argv=None):
         grown[set_up.label] = growth(set_up, steps)
     arguments.results.mkdir(parents=True, exist_ok=True)
     name = "normalisation-quick" if arguments.quick else "normalisation"
-    text = json.dumps(summary(contrasts, grown, sweeps), indent=1)
+    text = json.dumps(summary(contrasts, grown, sweeps, steps), indent=1)
     (arguments.results / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     draw(arguments.results / f"{name}.png", contrasts, grown)
 
