@@ -104,9 +104,11 @@ def panels_of(panels, title):
 
 
 def draw_losses(axes, losses, rules, colours):
-    for name in [name for name in rules if name in losses]:
-        sizes, values = zip(*losses[name].items(), strict=True) if losses[name] else ((), ())
-        axes.plot(sizes, values, marker="o", markersize=3, color=colours[name], label=rules[name].label)
+    for name, rule in rules.items():
+        row = losses.get(name, {})
+        axes.plot(
+            list(row), list(row.values()), marker="o", markersize=3, color=colours[name], label=rule.label
+        )
 
 
 def save(figure, axes, path):

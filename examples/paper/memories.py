@@ -72,8 +72,7 @@ class OneQuestion(FastWeight):
     def answer(self, q, k, v, beta):
         phi_q, phi_k = self.feature_map(q)[:, None], self.feature_map(k)
         scores = np.sum(phi_k * phi_q, axis=-1)
-        total = scores.sum(axis=-1, keepdims=True)
-        share = np.divide(1, total + self.eps, where=total != 0, out=np.zeros_like(total))
+        share = 1 / (scores.sum(axis=-1, keepdims=True) + self.eps)
         weights = scores * share
 
         def pullback(do):
