@@ -314,7 +314,7 @@ def test_first_steps_from_nothing(isa, rule, dtype):
 
 def test_eps_is_part_of_the_denominator(isa):
     """By hand: v~ = S'^T k / (z'.k + eps), o = scale S^T q / (z.q + eps)."""
-    k, q = np.array([[1.0, 2.0], [2.0, 1.0]]).reshape(2, 1, 2, 1, 2)
+    k, q = np.array([[1.0, 2.0], [2.0, 1.0]]).reshape(2, 1, 1, 1, 2)
     state = np.array([[1.0, 4.0], [3.0, 2.0]]).reshape(1, 1, 2, 2)
     v, beta = np.full((1, 1, 1, 1), 5.0), np.full((1, 1, 1), 0.5)
     # S = [1, 3], z = [4, 2]: v~ = 7 / (8 + 2), u = (5 - 0.7) / 2 = 2.15, S = [3.15, 7.3], z = [5, 4].
