@@ -19,7 +19,7 @@ from cases import (
 )
 from hypothesis import given
 from strategies import feature_cases
-from tolerances import REORDERED, TOLERANCE, assert_bits_equal, relative_error
+from tolerances import CENTRAL_DIFFERENCE, REORDERED, TOLERANCE, assert_bits_equal, relative_error
 
 import fwp_core as fwp
 
@@ -159,6 +159,21 @@ def test_zero_sizes(isa, rule, decay, name):
         assert relative_error(state, scan(case)[1]) < REORDERED[state.dtype]
 
 
+@all_scans
+@pytest.mark.parametrize("seed", range(3))
+def test_normalisers_of_any_sign(isa, rule, decay, seed):
+    """Features of both signs: divisors near zero cost digits, not meaning."""
+    case = normalised_case(rule, decay, T=13, K=4, V=18, dtype=np.float64, seed=seed)
+    rng = np.random.default_rng(seed)
+    case = case.but(
+        q=case.q * rng.choice([-1, 1], case.q.shape), k=case.k * rng.choice([-1, 1], case.k.shape)
+    )
+    exact = [*exact_scan(case), *exact_gradients(case)]
+    for x, y in zip(checks.results(case), exact, strict=True):
+        if y is not None:
+            assert relative_error(x, y) < CENTRAL_DIFFERENCE
+
+
 # The accumulator.
 
 
@@ -242,8 +257,21 @@ def test_queries_that_share_no_feature_read_nothing(isa, rule, decay, eps):
     assert not np.any(result.dq[:, nothing])
     checks.scan_is_the_oracles(case)
     checks.gradients_are_the_oracles(case)
-    silent = case.but(do=np.where(nothing[:, None, None], 0, case.do))
-    checks.assert_same_bits(gradients(silent), result)
+    for anything in (0, np.inf, np.nan):
+        silent = case.but(do=np.where(nothing[:, None, None], np.float32(anything), case.do))
+        checks.assert_same_bits(gradients(silent), result)
+
+
+@rules
+def test_zero_reads_are_selects(isa, rule):
+    """Not even NaN among the values gets through a read without a normaliser."""
+    case = normalised_case(rule, T=4, K=2, V=37, feature_map=("DPFP", 1), state=False)
+    case = case.but(k=quadrants(case, [0, 1, 2, 3]), q=quadrants(case, [0, 2, 3, 3]))
+    case.v[:, 0, :, 5] = np.nan
+    o, _ = scan(case)
+    assert np.isnan(o[:, 0, :, 5]).all()
+    assert not np.any(o[:, 1:3])
+    checks.scan_is_the_oracles(case)
 
 
 @rules
