@@ -50,6 +50,10 @@ class Options(c.Structure):
         ("scale", c.c_double),
         ("interrupt", c.c_void_p),
         ("interrupt_data", c.c_void_p),
+        ("feature_map", c.c_void_p),
+        ("qk_norm", c.c_int),
+        ("attention_norm", c.c_int),
+        ("eps", c.c_double),
     ]
 
 

@@ -146,7 +146,7 @@ void Call::read_options(const fwp_options& settings) {
          settings.qk_norm);
   if (settings.attention_norm != 0 && settings.attention_norm != 1)
     fail(FWP_ARGUMENT_ERROR, "attention_norm: expected 0 or 1, got ", settings.attention_norm);
-  if (settings.attention_norm == 1 && (!(settings.eps >= 0) || std::isinf(settings.eps)))
+  if (!(settings.eps >= 0) || std::isinf(settings.eps))
     fail(FWP_ARGUMENT_ERROR, "eps: expected a finite number of 0 or more, got ", settings.eps);
   problem.features.norm = norms[settings.qk_norm];
   problem.attention_norm = settings.attention_norm == 1;

@@ -2,20 +2,20 @@
 // Irie, Schmidhuber 2021, sections 5.1 to 5.3; ELU+1: Katharopoulos et al. 2020; FAVOR+: Choromanski et al. 2021.
 //
 // Rows lie in scratch, with room up to whole packs. Each backward follows its forward: it finds x, y and what forward
-// left in `work`, and turns dy into dx. NaN stays NaN.
+// left in `work`, and turns dy into dx. Where x is NaN so are y and dx.
 #pragma once
 
 namespace fwp {
 namespace {
 
-// y = max(x, 0)
+// y = max(x, 0); no gradient at 0
 template <class T>
 void relu_fwd(const T* x, int64_t n, T* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = x[i] < 0 ? 0 : x[i];
 }
 template <class T>
 void relu_bwd(const T* x, int64_t n, const T* dy, T* dx) {
-  for (int64_t i = 0; i < n; ++i) dx[i] = x[i] <= 0 ? 0 : dy[i];
+  for (int64_t i = 0; i < n; ++i) dx[i] = x[i] > 0 ? dy[i] : x[i] <= 0 ? 0 : x[i];
 }
 
 // y = x + 1 for x > 0, else exp(x). Not elu(x) + 1, which cancels where x is far below zero.
@@ -82,7 +82,7 @@ void dpfp_bwd(const T* x, int64_t n, int64_t nu, T* work, const T* dy, T* dx) {
   }
   for (int64_t i = 0; i < n; ++i) {
     const T above = dr[i] + dr[i - 2 * n], below = dr[i + n] + dr[i - n];
-    dx[i] = (x[i] <= 0 ? 0 : above) - (x[i] >= 0 ? 0 : below);
+    dx[i] = x[i] > 0 ? above : x[i] < 0 ? -below : x[i];
   }
 }
 

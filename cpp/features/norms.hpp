@@ -5,34 +5,40 @@
 namespace fwp {
 namespace {
 
-// The divisor of a row, 0 if it has none. l2 is scaled where squares would leave the range of T.
+// y = scale * x / value. The scale, a power of two, brings a row whose squares would leave the range of T back into it.
+template <class T>
+struct Divisor {
+  T scale, value;  // value 0: the row has no norm
+};
+
 template <class Tile, class T>
-T norm_of(Norm norm, const T* x, int64_t n) {
-  if (norm == Norm::sum) return Tile::sum(x, n);
+Divisor<T> divisor(Norm norm, const T* x, int64_t n) {
+  if (norm == Norm::sum) return {1, Tile::sum(x, n)};
+  constexpr bool wide = sizeof(T) == 8;
+  constexpr T low = wide ? T(1e-290) : T(1e-30), high = wide ? T(1e300) : T(1e35);
   const T squares = Tile::dot(x, x, n);
-  constexpr T low = sizeof(T) == 8 ? T(1e-290) : T(1e-30), high = sizeof(T) == 8 ? T(1e300) : T(1e35);
-  if (squares > low && squares < high) return static_cast<T>(__builtin_sqrt(squares));
-  T most = 0, sum = 0;
-  for (int64_t i = 0; i < n; ++i) most = x[i] > most ? x[i] : -x[i] > most ? -x[i] : most;
-  if (most == 0) return squares;  // 0, or NaN
-  for (int64_t i = 0; i < n; ++i) sum += x[i] / most * (x[i] / most);
-  return most * static_cast<T>(__builtin_sqrt(sum));
+  if (squares > low && squares < high) return {1, static_cast<T>(__builtin_sqrt(squares))};
+  const T scale = squares <= low ? (wide ? T(0x1p600) : T(0x1p100)) : wide ? T(0x1p-600) : T(0x1p-100);
+  T sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += scale * x[i] * (scale * x[i]);
+  return {scale, static_cast<T>(__builtin_sqrt(sum))};
 }
 
 // y = x / sum(x), or x / |x|; in place.
 template <class Tile, class T>
 void norm_fwd(Norm norm, T* x, int64_t n) {
-  const T divisor = norm_of<Tile>(norm, x, n);
-  for (int64_t i = 0; i < n; ++i) x[i] = divisor == 0 ? 0 : x[i] / divisor;
+  const Divisor<T> d = divisor<Tile>(norm, x, n);
+  for (int64_t i = 0; i < n; ++i) x[i] = d.value == 0 ? 0 : d.scale * x[i] / d.value;
 }
 
-// dx = (dy - <dy, y>) / sum, or (dy - <dy, y> y) / |x|, y = x / divisor; in place.
-template <class T>
-void norm_bwd(Norm norm, const T* x, T divisor, int64_t n, T* dy) {
-  T along = 0;
-  for (int64_t i = 0; i < n; ++i) along += dy[i] * (x[i] / divisor);
+// dx = (dy - <dy, y>) / sum, or (dy - <dy, y> y) / |x|; x becomes y, dy becomes dx.
+template <class Tile, class T>
+void norm_bwd(Norm norm, T* x, int64_t n, T* dy) {
+  const Divisor<T> d = divisor<Tile>(norm, x, n);
+  for (int64_t i = 0; i < n; ++i) x[i] = d.value == 0 ? 0 : d.scale * x[i] / d.value;
+  const T along = Tile::dot(dy, x, n);
   for (int64_t i = 0; i < n; ++i)
-    dy[i] = divisor == 0 ? 0 : (dy[i] - (norm == Norm::sum ? along : along * (x[i] / divisor))) / divisor;
+    dy[i] = d.value == 0 ? 0 : (dy[i] - (norm == Norm::sum ? along : along * x[i])) / d.value * d.scale;
 }
 
 }  // namespace

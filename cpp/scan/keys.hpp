@@ -19,6 +19,7 @@ struct Keys {
   int64_t K;      // of its image
   T* x;           // a row as it came
   T *y, *dx;      // its image, and a gradient
+  T* normalised;  // the image after the normalisation
   T* work;        // of the map
   T* projection;  // of FAVOR+, as features/maps.hpp wants it
 
@@ -27,6 +28,7 @@ struct Keys {
     x = arena.take<T>(n);
     dx = arena.take<T>(n);
     y = arena.take<T>(f.active() ? Tile::up(K) : 0);
+    normalised = arena.take<T>(f.norm != Norm::none ? Tile::up(K) : 0);
     work = arena.take<T>(f.map == Map::dpfp ? 8 * size : 4 * m);
     projection = arena.take<T>(m * n);
     if (f.map == Map::favor && projection) tile_projection(n, m);
@@ -46,7 +48,10 @@ struct Keys {
   const T* pull_back(const HeadRows& rows, int64_t t, T* dy) const {
     read(rows, t);
     map_fwd(y);
-    if (f.norm != Norm::none) norm_bwd(f.norm, y, norm_of<Tile>(f.norm, y, K), K, dy);
+    if (f.norm != Norm::none) {
+      copy_numbers(y, normalised);
+      norm_bwd<Tile>(f.norm, normalised, K, dy);
+    }
     map_bwd(dy);
     return dx;
   }

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import _core
-from ._core import ArgumentError
+from ._core import ArgumentError, DTypeError, ShapeError
 
 __all__ = ["DPFP", "ELU1", "FAVOR", "FeatureMap", "ReLU", "Softmax", "orthogonal_gaussian"]
 
@@ -24,6 +24,15 @@ Array = NDArray[Any]
 
 # FWP_MAP_... of fwp.h
 _RELU, _ELU1, _SOFTMAX, _DPFP, _FAVOR = range(1, 6)
+_PROJECTION_DTYPES = (np.float32, np.float64)
+
+
+def _integer(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise DTypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if not least <= value < 2**31:
+        raise ArgumentError(f"{name}: expected an integer from {least} to 2^31 - 1, got {value}")
+    return int(value)
 
 
 class FeatureMap(_core.FeatureMap):
@@ -128,11 +137,7 @@ class DPFP(FeatureMap):
     __slots__ = ()
 
     def __init__(self, nu: int = 1) -> None:
-        if isinstance(nu, bool) or not isinstance(nu, (int, np.integer)):
-            raise _core.DTypeError(f"nu: expected an integer, got {type(nu).__name__}")
-        if not 1 <= nu < 2**31:
-            raise ArgumentError(f"nu: expected an integer of at least 1, got {nu}")
-        super().__init__(_DPFP, int(nu), 0.0, None)
+        super().__init__(_DPFP, _integer("nu", nu, 1), 0.0, None)
 
     @property
     def nu(self) -> int:
@@ -141,6 +146,9 @@ class DPFP(FeatureMap):
 
     def _arguments(self) -> tuple[Any, ...]:
         return (self.nu,)
+
+    def __repr__(self) -> str:
+        return f"DPFP(nu={self.nu})"
 
 
 class FAVOR(FeatureMap):
@@ -162,15 +170,17 @@ class FAVOR(FeatureMap):
 
     def __init__(self, projection: Array, eps: float = 0.0) -> None:
         if projection is None:
-            raise _core.DTypeError("projection: expected a numpy.ndarray, got None")
+            raise DTypeError("projection: expected a numpy.ndarray, got None")
         if isinstance(eps, bool) or not isinstance(eps, (float, int, np.floating, np.integer)):
-            raise _core.DTypeError(f"eps: expected a number, got {type(eps).__name__}")
+            raise DTypeError(f"eps: expected a number, got {type(eps).__name__}")
         if not 0 <= eps < np.inf:
             raise ArgumentError(f"eps: expected a finite number of 0 or more, got {eps}")
         super().__init__(_FAVOR, 0, float(eps), projection)
-        if self.projection.ndim != 2 or len(self.projection) == 0:
-            shape = self.projection.shape
-            raise _core.ShapeError(f"projection: expected shape (m, n) with m of at least 1, got {shape}")
+        shape, dtype = self.projection.shape, self.projection.dtype
+        if dtype not in _PROJECTION_DTYPES:
+            raise DTypeError(f"projection: expected dtype float32 or float64, got {dtype}")
+        if len(shape) != 2 or shape[0] == 0:
+            raise ShapeError(f"projection: expected shape (m, n) with m of at least 1, got {shape}")
 
     @property
     def projection(self) -> Array:
@@ -188,8 +198,7 @@ class FAVOR(FeatureMap):
         return self.projection, self.eps
 
     def __repr__(self) -> str:
-        m, n = self.projection.shape
-        return f"FAVOR(<{m} x {n} {self.projection.dtype}>, eps={self.eps!r})"
+        return f"FAVOR(<{self.projection.dtype} {self.projection.shape}>, eps={self.eps!r})"
 
 
 def orthogonal_gaussian(
@@ -210,9 +219,19 @@ def orthogonal_gaussian(
     -------
     projection : ndarray [m, n]
     """
+    m, n = _integer("m", m, 0), _integer("n", n, 0)
+    if np.dtype(dtype) not in _PROJECTION_DTYPES:
+        raise DTypeError(f"dtype: expected float32 or float64, got {np.dtype(dtype)}")
     rng = np.random.default_rng(seed)
-    groups = [np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(0, m, max(n, 1))]
-    directions = np.concatenate([*groups, np.empty((0, n))])[:m]
+    groups = [_rotation(rng, n) for _ in range(0, m, max(n, 1))]
+    directions = np.concatenate([*groups, np.empty((0, n))])[:m] if n else np.empty((m, 0))
     lengths = np.linalg.norm(rng.standard_normal((m, n)), axis=1, keepdims=True)
     projection: Array = (directions * lengths).astype(dtype)
     return projection
+
+
+def _rotation(rng: np.random.Generator, n: int) -> Array:
+    """Draw an orthogonal matrix, no direction preferred: the signs that QR leaves open come from R."""
+    q, r = np.linalg.qr(rng.standard_normal((n, n)))
+    rotation: Array = q * np.where(np.diag(r) < 0, -1, 1)
+    return rotation
