@@ -65,6 +65,11 @@ def test_halves_are_float32_rounded_once(isa, case):
     checks.is_float32_rounded_once(case)
 
 
+@given(case=feature_cases(attention_norm=True, times=(1, 2, 7), lengths=None))
+def test_steps_are_the_scan(isa, case):
+    checks.steps_are_the_scan(case)
+
+
 @all_scans
 @features
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 0.5])

@@ -66,6 +66,11 @@ def test_halves_are_float32_rounded_once(isa, case):
     checks.is_float32_rounded_once(case)
 
 
+@given(case=feature_cases(times=(1, 2, 7), lengths=None))
+def test_steps_are_the_scan(isa, case):
+    checks.steps_are_the_scan(case)
+
+
 @rules
 @every_feature
 def test_gradients_are_central_differences(isa, rule, features):
