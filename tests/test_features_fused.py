@@ -3,7 +3,7 @@
 import checks
 import numpy as np
 import pytest
-from arguments import FUNCTIONS, accepted, good, refused
+from arguments import FUNCTIONS, accepted, get, good, refused
 from cases import (
     HALVES,
     MAPS,
@@ -343,6 +343,22 @@ def test_maps_that_do_not_fit(function):
         assert "expected" in message
     refused(function, good(function) | {"feature_map": fwp.feature_maps.DPFP(8)}, fwp.ArgumentError)
     accepted(function, good(function) | {"feature_map": fwp.feature_maps.FAVOR(np.zeros((2, 4), np.float32))})
+
+
+@EVERY_FUNCTION
+def test_outputs_over_the_projection(function):
+    """It is an input like any other."""
+    for position in function.outputs:
+        arguments = good(function)
+        output = get(arguments, position)
+        projection = output.ravel()[:8].reshape(2, 4)
+        assert np.shares_memory(projection, output)
+        projection[...] = 0.5
+        arguments["feature_map"] = fwp.feature_maps.FAVOR(projection)
+        message = refused(function, arguments, fwp.ArgumentError)
+        assert (
+            message == f"{position}: expected an output without overlap, but it shares memory with projection"
+        )
 
 
 @EVERY_FUNCTION
