@@ -24,10 +24,12 @@ struct Rule {
   decltype(&fwp_delta_bwd) bwd;
   decltype(&fwp_delta_step) step;
   decltype(&fwp_delta_step_workspace) step_workspace;
+  decltype(&fwp_delta_diagnose) diagnose;
 };
 
-constexpr Rule kLinear{false, fwp_linear_fwd, fwp_linear_bwd, fwp_linear_step, fwp_linear_step_workspace};
-constexpr Rule kDelta{true, fwp_delta_fwd, fwp_delta_bwd, fwp_delta_step, fwp_delta_step_workspace};
+constexpr Rule kLinear{
+    false, fwp_linear_fwd, fwp_linear_bwd, fwp_linear_step, fwp_linear_step_workspace, fwp_linear_diagnose};
+constexpr Rule kDelta{true, fwp_delta_fwd, fwp_delta_bwd, fwp_delta_step, fwp_delta_step_workspace, fwp_delta_diagnose};
 
 // The arrays that every call reads.
 struct Inputs {
@@ -185,6 +187,26 @@ py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py:
   return py::make_tuple(o.object(), final_state.object(), checkpoints.object());
 }
 
+// Returns the probes [B,T,H,FWP_PROBES].
+template <const Rule& rule>
+py::object diagnose(py::handle q, py::handle k, py::handle v, py::handle beta, py::handle g, py::handle feature_map,
+                    py::handle qk_norm, py::handle attention_norm, py::handle eps, py::handle scale,
+                    py::handle initial_state, py::handle cu_seqlens) {
+  Inputs in(rule, q, k, v, beta, g);
+  in.h0.read_optional("initial_state", initial_state);
+  in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(true);
+  check_inputs(in, options);
+  Array probes;
+  probes.make({in.v.size(0), in.v.size(1), in.heads(), FWP_PROBES}, in.state_dtype());
+  const auto call = [&] {
+    const fwp_inputs inputs = in.tensors();
+    return rule.diagnose(&options, &inputs, probes.tensor(), nullptr, 0, nullptr);
+  };
+  run(call, in, {&probes});
+  return probes.object();
+}
+
 constexpr const char* kGradients[] = {"out.dq", "out.dk", "out.dv", "out.dbeta", "out.dg", "out.dinitial_state"};
 
 // The i-th array of a Gradients tuple, None of None.
@@ -263,6 +285,8 @@ void bind_scan(py::module_& m) {
   m.def("linear_attention", &forward<kLinear>);
   m.def("linear_attention_backward", &backward<kLinear>);
   m.def("linear_attention_step", &step<kLinear>);
+  m.def("linear_attention_diagnose", &diagnose<kLinear>);
+  m.def("delta_rule_diagnose", &diagnose<kDelta>);
   m.def("delta_rule", &forward<kDelta>);
   m.def("delta_rule_backward", &backward<kDelta>);
   m.def("delta_rule_step", &step<kDelta>);

@@ -80,6 +80,15 @@ int step(Rule rule, const fwp_options* options, const fwp_inputs* inputs, const 
   });
 }
 
+int diagnose(Rule rule, const fwp_options* options, const fwp_inputs* inputs, const DLTensor* probes, void* workspace,
+             size_t workspace_bytes, void* stream) noexcept {
+  return guarded([&] {
+    Call call(rule, false, options, inputs);
+    call.add_probes(probes);
+    run(call, cpu::diagnose, workspace_of(call, cpu::diagnose_workspace), workspace, workspace_bytes, stream);
+  });
+}
+
 void run_map(const MapCall& call, void* stream) {
   if (stream != nullptr) fail(FWP_ARGUMENT_ERROR, "stream: expected NULL for CPU tensors, got a stream");
   call.check_memory();
@@ -137,6 +146,18 @@ int fwp_delta_step(const fwp_options* options, const fwp_inputs* inputs, const D
   return core::step(Rule::delta, options, inputs, state, o, workspace, workspace_bytes, stream);
 }
 
+static_assert(fwp::kProbes == FWP_PROBES);
+
+int fwp_linear_diagnose(const fwp_options* options, const fwp_inputs* inputs, const DLTensor* probes, void* workspace,
+                        size_t workspace_bytes, void* stream) noexcept {
+  return core::diagnose(Rule::linear, options, inputs, probes, workspace, workspace_bytes, stream);
+}
+
+int fwp_delta_diagnose(const fwp_options* options, const fwp_inputs* inputs, const DLTensor* probes, void* workspace,
+                       size_t workspace_bytes, void* stream) noexcept {
+  return core::diagnose(Rule::delta, options, inputs, probes, workspace, workspace_bytes, stream);
+}
+
 int fwp_linear_fwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
   return core::workspace(cpu::forward_workspace, Rule::linear, false, options, inputs, bytes);
 }
@@ -159,6 +180,14 @@ int fwp_linear_step_workspace(const fwp_options* options, const fwp_inputs* inpu
 
 int fwp_delta_step_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
   return core::workspace(cpu::forward_workspace, Rule::delta, true, options, inputs, bytes);
+}
+
+int fwp_linear_diagnose_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
+  return core::workspace(cpu::diagnose_workspace, Rule::linear, false, options, inputs, bytes);
+}
+
+int fwp_delta_diagnose_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
+  return core::workspace(cpu::diagnose_workspace, Rule::delta, false, options, inputs, bytes);
 }
 
 int fwp_checkpoints(const fwp_options* options, const fwp_inputs* inputs, int64_t* elements) noexcept {

@@ -214,6 +214,11 @@ void Call::add_step_outputs(const DLTensor* state, const DLTensor* o) {
   problem.h0 = problem.hT;
 }
 
+void Call::add_probes(const DLTensor* probes) {
+  const Axes all{{"B", batch_}, {"T", problem.T}, {"H", problem.H}, {"probes", kProbes}};
+  problem.o = rows(read("probes", probes, accumulation(problem.dtype), all, Access::write));
+}
+
 void Call::add_cotangents(const fwp_cotangents* cotangents) {
   const fwp_cotangents in = read_struct<fwp_cotangents>("cotangents", cotangents, FWP_COTANGENTS_INIT);
   problem.d_o = rows(read("d_o", in.d_o, problem.dtype, axes({"H", problem.H}, {"V", problem.V}), Access::read));

@@ -26,6 +26,7 @@ class Call {
 
   void add_outputs(const fwp_outputs* outputs);
   void add_step_outputs(const DLTensor* state, const DLTensor* o);
+  void add_probes(const DLTensor* probes);
   void add_cotangents(const fwp_cotangents* cotangents);
   void add_gradients(const fwp_gradients* gradients);
   void add_workspace(void* workspace, size_t bytes, size_t needed);

@@ -86,6 +86,17 @@ struct MapPlan {
   }
 };
 
+// A diagnosis has a part for every head.
+struct DiagnosePlan {
+  Geometry g;
+  int threads;
+  size_t scratch;
+
+  DiagnosePlan(const Problem& p, const Kernels& k)
+      : g(k.geometry(p)), threads(useful_threads(p, p.N * p.H)), scratch((k.diagnose_scratch(p, g) + 63) / 64 * 64) {}
+  size_t bytes() const { return scratch * static_cast<size_t>(threads); }
+};
+
 // One backward call: groups of sequences, and in each the windows of tokens from the last to the first.
 class Backward {
  public:
@@ -232,6 +243,18 @@ bool forward(const Problem& p, void* workspace) {
 }
 
 bool backward(const Problem& p, void* workspace) { return Backward(p, count_call(p.level), workspace).run(); }
+
+size_t diagnose_workspace(const Problem& p) { return DiagnosePlan(p, kernels(p.level)).bytes(); }
+
+bool diagnose(const Problem& p, void* workspace) {
+  const Kernels& k = count_call(p.level);
+  const DiagnosePlan plan(p, k);
+  Interruption interruption(p.interrupt);
+  return for_each(plan.threads, p.N * p.H, interruption, [&](int64_t i, int worker) {
+    k.diagnose(p, plan.g, i / p.H, i % p.H, static_cast<char*>(workspace) + static_cast<size_t>(worker) * plan.scratch,
+               interruption.stop());
+  });
+}
 
 size_t map_workspace(const Problem& p) {
   const MapPlan plan(p, kernels(p.level));

@@ -18,6 +18,10 @@ int64_t checkpoint_elements(const Problem& problem);
 bool forward(const Problem& problem, void* workspace);
 bool backward(const Problem& problem, void* workspace);
 
+// The probes of every token and head, in problem.o [B,T,H,kProbes].
+size_t diagnose_workspace(const Problem& problem);
+bool diagnose(const Problem& problem, void* workspace);
+
 // A feature map by itself: rows problem.q [T][features.inputs] into problem.o [T][K], or, where problem.d_o is given,
 // that into problem.dq.
 size_t map_workspace(const Problem& problem);

@@ -24,6 +24,7 @@
 #include "tiles.hpp"
 //
 #include "../scan/backward.hpp"
+#include "../scan/diagnose.hpp"
 #include "kernels.hpp"
 
 namespace fwp {
@@ -140,6 +141,18 @@ void sum_dz(const Problem& p, const Geometry& g, int64_t n, void* D) {
   with_tile(p, [&](auto tile) { sum_z<decltype(tile)>(p, g, n, D); });
 }
 
+size_t diagnose_scratch(const Problem& p, const Geometry& g) {
+  return with_tile(p, [&](auto tile) {
+    Arena arena(nullptr);
+    (void)DiagnoseScratch<decltype(tile)>(arena, p, g);
+    return arena.used();
+  });
+}
+
+void diagnose(const Problem& p, const Geometry& g, int64_t n, int64_t h, void* scratch, const Stop& stop) {
+  with_tile(p, [&](auto tile) { scan_diagnose<decltype(tile)>(p, g, n, h, scratch, stop); });
+}
+
 size_t map_scratch(const Problem& p) {
   return with_tile(p, [&](auto tile) {
     Arena arena(nullptr);
@@ -181,8 +194,8 @@ double fma(bool f64, int64_t rounds) { return f64 ? multiply_add<double>(rounds)
 
 extern const Kernels FWP_JOIN(kernels_, FWP_ISA);
 const Kernels FWP_JOIN(kernels_, FWP_ISA) = {
-    FWP_STRING(FWP_ISA), geometry, forward_scratch, backward_scratch, forward, backward,
-    reduce_gradient,     sum_dz,   map_scratch,     map_rows,         fma,
+    FWP_STRING(FWP_ISA), geometry, forward_scratch, backward_scratch, forward, backward, reduce_gradient, sum_dz,
+    diagnose_scratch,    diagnose, map_scratch,     map_rows,         fma,
 };
 
 }  // namespace fwp

@@ -23,6 +23,9 @@ struct Kernels {
   void (*backward)(const Problem&, const Geometry&, const BackwardPart&, void* scratch, const Stop&);
   void (*reduce)(const Problem&, const ReducePart&, void* scratch);
   void (*sum_dz)(const Problem&, const Geometry&, int64_t n, void* D);  // the z of dh0, from the adjoints of a sequence
+  // Probes of one head of a sequence: [T][H][kProbes] in p.o, of the accumulation type.
+  size_t (*diagnose_scratch)(const Problem&, const Geometry&);
+  void (*diagnose)(const Problem&, const Geometry&, int64_t n, int64_t h, void* scratch, const Stop&);
   // A feature map by itself, on rows [begin, end) (dispatch.hpp).
   size_t (*map_scratch)(const Problem&);
   void (*map_rows)(const Problem&, int64_t begin, int64_t end, void* scratch);

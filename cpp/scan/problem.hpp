@@ -35,6 +35,7 @@ struct Interrupt {
 };
 
 inline constexpr int64_t kNoSlot = -1;
+inline constexpr int kProbes = 13;  // numbers per token and head of a diagnosis, fwp.h
 
 struct Problem {
   Rule rule = Rule::linear;

@@ -39,6 +39,7 @@ from .config import (
     threads,
     use_isa,
 )
+from .diagnostics import Diagnostics, diagnose
 from .ops import (
     Gradients,
     delta_rule,
@@ -55,6 +56,7 @@ __all__ = [
     "CudaError",
     "DTypeError",
     "DeviceError",
+    "Diagnostics",
     "FwpError",
     "Gradients",
     "ReadOnlyError",
@@ -65,6 +67,7 @@ __all__ = [
     "delta_rule",
     "delta_rule_backward",
     "delta_rule_step",
+    "diagnose",
     "empty_cache",
     "feature_maps",
     "get_cmake_dir",

@@ -112,6 +112,36 @@ def delta_rule(
     with_checkpoints: bool,
     /,
 ) -> tuple[_Array, _Array, _Array | None]: ...
+def linear_attention_diagnose(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    beta: _Array | None,
+    g: _Array | None,
+    feature_map: FeatureMap | None,
+    qk_norm: str | None,
+    attention_norm: bool,
+    eps: float,
+    scale: float,
+    initial_state: _Array | None,
+    cu_seqlens: Any,
+    /,
+) -> _Array: ...
+def delta_rule_diagnose(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    beta: _Array | None,
+    g: _Array | None,
+    feature_map: FeatureMap | None,
+    qk_norm: str | None,
+    attention_norm: bool,
+    eps: float,
+    scale: float,
+    initial_state: _Array | None,
+    cu_seqlens: Any,
+    /,
+) -> _Array: ...
 def delta_rule_backward(
     do: _Array,
     q: _Array,

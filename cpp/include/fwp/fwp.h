@@ -230,11 +230,28 @@ FWP_API int fwp_linear_step(const fwp_options* options, const fwp_inputs* inputs
 FWP_API int fwp_delta_step(const fwp_options* options, const fwp_inputs* inputs, const DLTensor* state,
                            const DLTensor* o, void* workspace, size_t workspace_bytes, void* stream) FWP_NOEXCEPT;
 
+/* Probes of a scan with these inputs, [B,T,H,FWP_PROBES] of the dtype of states, token by token. With k and q after
+ * feature map and normalisation, v~ = S'^T k what the key retrieves before the write (divided by z'.k + eps with
+ * attention_norm), w~ = S^T k after it (by z.k + eps), and z' = a z, z = z' + k whether or not attention_norm is on:
+ *
+ *     0 |v|^2    1 |v~|^2    2 v.v~    3 |v - v~|^2    4 |v - w~|^2    5 |S|^2 after the write
+ *     6 |k|^2    7 sum(k)    8 s = z'.k    9 c = z.q    10 sum(|z|)    11 max(z)
+ *     12 channels to which k adds without any effect, z' + k == z' though k is not 0 */
+enum { FWP_PROBES = 13 };
+FWP_API int fwp_linear_diagnose(const fwp_options* options, const fwp_inputs* inputs, const DLTensor* probes,
+                                void* workspace, size_t workspace_bytes, void* stream) FWP_NOEXCEPT;
+FWP_API int fwp_delta_diagnose(const fwp_options* options, const fwp_inputs* inputs, const DLTensor* probes,
+                               void* workspace, size_t workspace_bytes, void* stream) FWP_NOEXCEPT;
+
 /* Bytes of workspace that the call with these inputs takes, with the current number of threads and ISA level. */
 FWP_API int fwp_linear_fwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
 FWP_API int fwp_delta_fwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
 FWP_API int fwp_linear_bwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
 FWP_API int fwp_delta_bwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
+FWP_API int fwp_linear_diagnose_workspace(const fwp_options* options, const fwp_inputs* inputs,
+                                          size_t* bytes) FWP_NOEXCEPT;
+FWP_API int fwp_delta_diagnose_workspace(const fwp_options* options, const fwp_inputs* inputs,
+                                         size_t* bytes) FWP_NOEXCEPT;
 FWP_API int fwp_linear_step_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
 FWP_API int fwp_delta_step_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) FWP_NOEXCEPT;
 /* Elements of the checkpoints tensor for these inputs (the same for both rules). */
