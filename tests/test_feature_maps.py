@@ -1,7 +1,6 @@
 """Feature maps alone: values and gradients against the oracle, bit by bit where that can be, and limits."""
 
 import itertools
-import re
 
 import ml_dtypes
 import numpy as np
@@ -427,16 +426,16 @@ def test_nan_goes_where_it_belongs(isa, spec, dtype):
 def test_objects():
     projection = np.zeros((4, 3), np.float32)
     objects = {
-        r"ReLU\(\)": feature_maps.ReLU(),
-        r"ELU1\(\)": feature_maps.ELU1(),
-        r"Softmax\(\)": feature_maps.Softmax(),
-        r"DPFP\(.*2\)": feature_maps.DPFP(2),
-        r"DPFP\(.*1\)": feature_maps.DPFP(),
-        r"FAVOR\(.*4.*3.*float32.*eps=0.0001\)": feature_maps.FAVOR(projection, eps=1e-4),
+        "ReLU()": feature_maps.ReLU(),
+        "ELU1()": feature_maps.ELU1(),
+        "Softmax()": feature_maps.Softmax(),
+        "DPFP(nu=2)": feature_maps.DPFP(2),
+        "DPFP(nu=1)": feature_maps.DPFP(),
+        "FAVOR(<float32 (4, 3)>, eps=0.0001)": feature_maps.FAVOR(projection, eps=1e-4),
     }
     for text, phi in objects.items():
         assert isinstance(phi, feature_maps.FeatureMap)
-        assert re.fullmatch(text, repr(phi))
+        assert repr(phi) == text
         for name in ("nu", "eps", "projection", "something"):
             with pytest.raises((AttributeError, TypeError)):
                 setattr(phi, name, 3)
