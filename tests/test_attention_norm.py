@@ -143,6 +143,7 @@ def test_float32_error_of_long_sequences(isa, rule, decay):
     for x, y in zip(scan(case), exact_scan(case), strict=True):
         assert relative_error(x, y) < TOLERANCE["forward", "float32"]
     checks.gradients_are_the_oracles(case)
+    checks.vjp_is_scan_and_backward(case)
 
 
 @pytest.mark.parametrize("name", ["B", "T", "heads", "K", "V"])

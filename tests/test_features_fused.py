@@ -155,6 +155,15 @@ def test_many_tiles_heads_and_checkpoints(isa, rule, features, dtype):
         checks.is_float32_rounded_once(case)
 
 
+def test_long_sequence(isa):
+    """Past any spacing of checkpoints."""
+    features = {"feature_map": ("DPFP", 3), "qk_norm": "sum"}
+    case = make_case("delta", "scalar", lengths=(1030, 0, 1), heads=(1, 1, 1), K=5, V=18, **features)
+    checks.scan_is_the_oracles(case)
+    checks.gradients_are_the_oracles(case)
+    checks.vjp_is_scan_and_backward(case)
+
+
 @few_features
 def test_same_array_as_query_and_key(isa, features):
     case = make_case("delta", T=9, K=5, **features)
