@@ -236,7 +236,8 @@ def test_keys_that_share_no_feature_predict_nothing(isa, dtype, eps):
     options = {"feature_map": ("DPFP", 1), "dtype": dtype, "state": False, "eps": eps}
     case = normalised_case("delta", T=4, K=2, V=37, **options)
     case = case.but(k=quadrants(case, [0, 2, 1, 3]))
-    checks.assert_same_bits(scan(case), scan(case.but(rule="linear")))
+    for x, y in zip(scan(case), scan(case.but(rule="linear")), strict=True):
+        assert relative_error(x, y) < REORDERED[x.dtype]
     checks.gradients_are_the_oracles(case)
 
     case = normalised_case("delta", T=7, K=2, V=37, **options)
