@@ -3,7 +3,7 @@
 import checks
 import numpy as np
 import pytest
-from arguments import FUNCTIONS, accepted, good, refused
+from arguments import FUNCTIONS, accepted, get, good, refused
 from cases import (
     HALVES,
     MAPS,
@@ -26,19 +26,22 @@ from tolerances import REORDERED, TOLERANCE, assert_bits_equal, relative_error
 import fwp_core as fwp
 
 # Every map and every norm, alone and together.
-FEATURES = [{"feature_map": phi, "qk_norm": norm} for phi in (None, *MAPS) for norm in NORMS if phi or norm]
-every_feature = pytest.mark.parametrize("features", FEATURES, ids=lambda f: "-".join(map(str, f.values())))
-few_features = pytest.mark.parametrize(
-    "features",
-    [
-        {"feature_map": ("DPFP", 3), "qk_norm": "sum"},
-        {"feature_map": ("ELU1",)},
-        {"feature_map": ("FAVOR", 5), "qk_norm": "l2"},
-        {"feature_map": ("Softmax",), "qk_norm": "sum"},
-        {"qk_norm": "l2"},
-    ],
-    ids=lambda f: "-".join(map(str, f.values())),
-)
+MAPPED = [{"feature_map": phi, "qk_norm": norm} for phi in MAPS for norm in NORMS]
+FEATURES = [*MAPPED, *({"feature_map": None, "qk_norm": norm} for norm in NORMS if norm)]
+FEW_FEATURES = [
+    {"feature_map": ("DPFP", 3), "qk_norm": "sum"},
+    {"feature_map": ("ELU1",), "qk_norm": None},
+    {"feature_map": ("FAVOR", 5), "qk_norm": "l2"},
+    {"feature_map": ("Softmax",), "qk_norm": "sum"},
+    {"feature_map": None, "qk_norm": "l2"},
+]
+
+
+def each(features):
+    return pytest.mark.parametrize("features", features, ids=lambda f: "-".join(map(str, f.values())))
+
+
+every_feature, every_map, few_features = each(FEATURES), each(MAPPED), each(FEW_FEATURES)
 rules = pytest.mark.parametrize("rule", RULES)
 EVERY_FUNCTION = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
@@ -63,6 +66,11 @@ def test_halves_are_float32_rounded_once(isa, case):
     checks.is_float32_rounded_once(case)
 
 
+@given(case=feature_cases(times=(1, 2, 7), lengths=None))
+def test_steps_are_the_scan(isa, case):
+    checks.steps_are_the_scan(case)
+
+
 @rules
 @every_feature
 def test_gradients_are_central_differences(isa, rule, features):
@@ -84,11 +92,9 @@ def test_float64_gradients_to_the_promised_digits(isa, rule, features):
 
 @rules
 @pytest.mark.parametrize("dtype", PRECISE)
-@every_feature
+@every_map
 def test_fused_is_the_map_outside(isa, rule, dtype, features):
     """Bit for bit in the forward pass; gradients go through the map's own backward."""
-    if features["feature_map"] is None:
-        pytest.skip("no map")
     case = make_case(rule, "channel", T=23, heads=(4, 2, 1), K=9, V=37, dtype=dtype, **features)
     phi = library_map(case.feature_map)
     outside = case.but(feature_map=None, q=phi(case.q), k=phi(case.k))
@@ -135,18 +141,26 @@ def test_parts_are_the_whole(isa, rule, features):
     checks.parts_are_the_whole(case)
 
 
-@rules
 @few_features
 @pytest.mark.parametrize("dtype", [np.float32, *HALVES])
-def test_many_tiles_heads_and_checkpoints(isa, rule, features, dtype):
-    """V of several tiles, T past any spacing of checkpoints, few or many parts of heads."""
-    case = make_case(rule, "scalar", B=1, T=200, heads=(4, 2, 1), K=12, V=150, dtype=dtype, **features)
+def test_many_value_tiles(isa, features, dtype):
+    """Several tiles of values and parts of heads, each with a share of the gradients of features."""
+    case = make_case("delta", "scalar", B=1, T=80, heads=(4, 2, 1), K=7, V=150, dtype=dtype, **features)
     if dtype is np.float32:
         checks.scan_is_the_oracles(case)
         checks.gradients_are_the_oracles(case)
         checks.threads_do_not_matter(case)
     else:
         checks.is_float32_rounded_once(case)
+
+
+def test_long_sequence(isa):
+    """Past any spacing of checkpoints."""
+    features = {"feature_map": ("DPFP", 3), "qk_norm": "sum"}
+    case = make_case("delta", "scalar", lengths=(1030, 0, 1), heads=(1, 1, 1), K=5, V=18, **features)
+    checks.scan_is_the_oracles(case)
+    checks.gradients_are_the_oracles(case)
+    checks.vjp_is_scan_and_backward(case)
 
 
 @few_features
@@ -337,6 +351,22 @@ def test_maps_that_do_not_fit(function):
         assert "expected" in message
     refused(function, good(function) | {"feature_map": fwp.feature_maps.DPFP(8)}, fwp.ArgumentError)
     accepted(function, good(function) | {"feature_map": fwp.feature_maps.FAVOR(np.zeros((2, 4), np.float32))})
+
+
+@EVERY_FUNCTION
+def test_outputs_over_the_projection(function):
+    """It is an input like any other."""
+    for position in function.outputs:
+        arguments = good(function)
+        output = get(arguments, position)
+        projection = output.ravel()[:8].reshape(2, 4)
+        assert np.shares_memory(projection, output)
+        projection[...] = 0.5
+        arguments["feature_map"] = fwp.feature_maps.FAVOR(projection)
+        message = refused(function, arguments, fwp.ArgumentError)
+        assert (
+            message == f"{position}: expected an output without overlap, but it shares memory with projection"
+        )
 
 
 @EVERY_FUNCTION

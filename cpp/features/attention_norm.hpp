@@ -5,8 +5,9 @@
 //   z_t = z'_t + k_t       beta never enters
 //   c_t = z_t . q_t        scale S_t^T q_t / (c_t + eps) is the output
 //
-// Where s_t or c_t is 0 the read is 0: its divisor is infinite. In the block z is like a value column that is always
-// written 1, so that with the rows and dot products of rules/decay.hpp
+// Where s_t or c_t is 0 the read is 0, whatever the state, even NaN: its divisor is infinite, and what it would have
+// read is not looked at. In the block z is like a value column that is always written 1, so that with the rows and dot
+// products of rules/decay.hpp
 //
 //   s_t = z0 . kr_t + sum_{i<t} M_ti       c_t = z0 . qr_t + sum_{i<=t} P_ti       z1 = A z0 + sum_i kw_i
 //
@@ -17,19 +18,19 @@
 namespace fwp {
 namespace {
 
-// kr, qr in rows [2C][ld] become kr/(s+eps), scale qr/(c+eps), from them as they are in `from`; MP likewise; z moves
-// on.
-template <class Tile, class Decay, bool predicts, int C, class T>
-void attention_norm_fwd(const T* from, const T* kw, const T* A, int64_t ld, T eps, T scale, T* z, T* rows, T* MP,
-                        T* divisor) {
+template <class T>
+bool is_blind(T divisor) {
+  return divisor == static_cast<T>(__builtin_inf());
+}
+
+// The divisors, from the rows kr, qr [2C][ld] and dot products as they are.
+template <class Tile, bool predicts, int C, class T>
+void attention_norm_divisors(const T* rows, const T* z, int64_t ld, const T* MP, T eps, T* divisor) {
   using P = typename Tile::P;
   P x[Tile::template room<2 * C>] = {};
   for (int64_t d = 0; d < ld; d += Tile::kWidth) {
-    P zd = Tile::load(z + d);
-    FWP_UNROLL for (int r = predicts ? 0 : C; r < 2 * C; ++r) x[r] += Tile::load(from + r * ld + d) * zd;
-    if constexpr (Decay::decays) zd *= Tile::load(A + d);
-    FWP_UNROLL for (int i = 0; i < C; ++i) zd += Tile::load(kw + i * ld + d);
-    Tile::store(z + d, zd);
+    const P zd = Tile::load(z + d);
+    FWP_UNROLL for (int r = predicts ? 0 : C; r < 2 * C; ++r) x[r] += Tile::load(rows + r * ld + d) * zd;
   }
   alignas(P) T sum[Tile::template room<2 * C>];
   Tile::template sums<2 * C>(x, sum);
@@ -38,12 +39,24 @@ void attention_norm_fwd(const T* from, const T* kw, const T* A, int64_t ld, T ep
     for (int i = 0; i <= t; ++i) sum[C + t] += MP[P_at<C>(t, i)];
   }
   for (int r = 0; r < 2 * C; ++r) divisor[r] = sum[r] == 0 ? static_cast<T>(__builtin_inf()) : sum[r] + eps;
+}
 
+// kr, qr in rows [2C][ld] become kr/(s+eps), scale qr/(c+eps), from them as they are in `from`; MP likewise; z moves
+// on.
+template <class Tile, class Decay, bool predicts, int C, class T>
+void attention_norm_fwd(const T* from, const T* kw, const T* A, int64_t ld, const T* divisor, T scale, T* z, T* rows,
+                        T* MP) {
   for (int t = 0; t < C; ++t) {
     for (int64_t d = 0; d < ld && predicts; ++d) rows[t * ld + d] = from[t * ld + d] / divisor[t];
     for (int64_t d = 0; d < ld; ++d) rows[(C + t) * ld + d] = from[(C + t) * ld + d] * scale / divisor[C + t];
     for (int i = 0; i < t && predicts; ++i) MP[M_at<C>(t, i)] /= divisor[t];
     for (int i = 0; i <= t; ++i) MP[P_at<C>(t, i)] = MP[P_at<C>(t, i)] * scale / divisor[C + t];
+  }
+  for (int64_t d = 0; d < ld; d += Tile::kWidth) {
+    typename Tile::P zd = Tile::load(z + d);
+    if constexpr (Decay::decays) zd *= Tile::load(A + d);
+    FWP_UNROLL for (int i = 0; i < C; ++i) zd += Tile::load(kw + i * ld + d);
+    Tile::store(z + d, zd);
   }
 }
 
@@ -66,10 +79,11 @@ void attention_norm_bwd(const T* kq, const A& a, const T* rows, const T* MP, con
       c = Tile::dot(dqr + t * ld, rows + (C + t) * ld, ld);
     for (int i = 0; i < t && predicts; ++i) s += dMP[M_at<C>(t, i)] * MP[M_at<C>(t, i)];
     for (int i = 0; i <= t; ++i) c += dMP[P_at<C>(t, i)] * MP[P_at<C>(t, i)];
-    ds[t] = -s / divisor[t];
-    dc[t] = -c / divisor[C + t];
-    for (int i = 0; i < t && predicts; ++i) dMP[M_at<C>(t, i)] = dMP[M_at<C>(t, i)] / divisor[t] + ds[t];
-    for (int i = 0; i <= t; ++i) dMP[P_at<C>(t, i)] = dMP[P_at<C>(t, i)] * scale / divisor[C + t] + dc[t];
+    const bool no_s = is_blind(divisor[t]), no_c = is_blind(divisor[C + t]);
+    ds[t] = no_s ? 0 : -s / divisor[t];
+    dc[t] = no_c ? 0 : -c / divisor[C + t];
+    for (int i = 0; i < t && predicts; ++i) dMP[M_at<C>(t, i)] = no_s ? 0 : dMP[M_at<C>(t, i)] / divisor[t] + ds[t];
+    for (int i = 0; i <= t; ++i) dMP[P_at<C>(t, i)] = no_c ? 0 : dMP[P_at<C>(t, i)] * scale / divisor[C + t] + dc[t];
   }
   for (int64_t d = 0; d < ld; d += Tile::kWidth) {
     const P z0 = Tile::load(z + d), dz1 = Tile::load(dz + d);
@@ -78,10 +92,10 @@ void attention_norm_bwd(const T* kq, const A& a, const T* rows, const T* MP, con
       if constexpr (Decay::decays) decayed *= a(t, d);
       if (t >= n) continue;
       P dx = Tile::load(dqr + t * ld + d), dw = dc[t] * Tile::load(kq + (C + t) * ld + d);
-      Tile::store(dqr + t * ld + d, dx * scale / divisor[C + t] + dc[t] * z0);
+      Tile::store(dqr + t * ld + d, is_blind(divisor[C + t]) ? P{} : dx * scale / divisor[C + t] + dc[t] * z0);
       if constexpr (predicts) {
         dx = Tile::load(dkr + t * ld + d);
-        Tile::store(dkr + t * ld + d, dx / divisor[t] + ds[t] * z0);
+        Tile::store(dkr + t * ld + d, is_blind(divisor[t]) ? P{} : dx / divisor[t] + ds[t] * z0);
         dw += ds[t] * Tile::load(kq + t * ld + d);
       }
       dz0 += decayed * dw;

@@ -169,6 +169,7 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Rule, Decay,
   const int64_t ld = g.ld;
   Tile::template read<C>(b.k_w, ld, p.K, D, s.Z);
   error_adjoints(b, s);
+  if constexpr (Rule::predicts) b.clear_blind(s.minus_de, 0);
 
   alignas(typename Tile::P) T dMP[Tile::template room<C * C + C>];
   column_sums<Rule, Tile, C>(s.d_o, s.minus_de, s.p, u, e, dMP);
@@ -183,7 +184,7 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Rule, Decay,
     const auto a = [&](int i, int64_t d) { return b.decay(i, d, ld); };
     attention_norm_bwd<Tile, Decay, Rule::predicts, C>(b.kq, a, b.kq_r, b.MP, b.divisor, b.z, ld, b.n,
                                                        static_cast<T>(p.scale), s.dkr, s.dqr, s.dkw, dMP, s.H, dz);
-    b.reset_z(p, dz);
+    b.reset_z(ld, dz);
   }
   key_gradients(p, g, b, s, dMP);
 
@@ -246,6 +247,7 @@ bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& p
         ahead.step();
         t -= s.blocks[b].n;
         stage_columns<Tile, C>(head.d_o, t, s.blocks[b].n, p, g, j, s.d_o);
+        s.blocks[b].clear_blind(s.d_o, C);
         retreat(p, g, s.blocks[b], s, s.S + b * size, s.e + b * block_size, s.u + b * block_size, D, t - t0, part, j,
                 out);
       }

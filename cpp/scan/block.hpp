@@ -68,7 +68,12 @@ struct Block {
     fill<T>(kq + n * ld, (C - n) * ld, 0);
     fill<T>(kq + (C + queries) * ld, (C - queries) * ld, 0);
     multiply(ld);
-    if (p.attention_norm) normalise(p, ld, running_z);
+    if (p.attention_norm) {
+      const int seen = divide(p, ld, running_z);
+      if (seen < n) return stage(p, g, keys, head, t0, t0 + seen, running_z);
+      attention_norm_fwd<Tile, Decay, Rule::predicts, C>(unread(), k_w, A, ld, divisor, static_cast<T>(p.scale),
+                                                         running_z, kq_r, MP);
+    }
     return stage_beta(head, t0);
   }
 
@@ -80,13 +85,22 @@ struct Block {
     return n;
   }
 
-  // Clears the rows of a tile that the first token resets, or the numbers of z.
-  void reset(const Problem& p, T* S, ptrdiff_t stride = Tile::kColumns, int64_t columns = Tile::kColumns) const {
+  // Clears the rows of a tile that the first token resets.
+  void reset(const Problem& p, T* S, ptrdiff_t stride = Tile::kColumns) const {
     if (!resets) return;
     for (int64_t d = 0; d < p.K; ++d)
-      if (keep[d] == 0) fill<T>(S + d * stride, columns, 0);
+      if (keep[d] == 0) fill<T>(S + d * stride, Tile::kColumns, 0);
   }
-  void reset_z(const Problem& p, T* numbers) const { reset(p, numbers, 1, 1); }
+  // The same for z, or its adjoint; with the padding, which a gate that is NaN has reached.
+  void reset_z(int64_t ld, T* numbers) const {
+    for (int64_t d = 0; d < ld && resets; ++d) numbers[d] = keep[d] == 0 ? 0 : numbers[d];
+  }
+
+  // Clears the rows [C][columns] of reads that attention_norm makes 0: predictions (first = 0), outputs (first = C).
+  void clear_blind(T* rows, int first) const {
+    for (int t = 0; t < n && z; ++t)
+      if (is_blind(divisor[first + t])) fill<T>(rows + t * Tile::kColumns, Tile::kColumns, 0);
+  }
 
  private:
   // Where the block ends: before any token whose gate, with those of the block so far, might take a product of decays
@@ -153,11 +167,18 @@ struct Block {
     Tile::template sums<C * C>(x, MP);
   }
 
-  void normalise(const Problem& p, int64_t ld, T* running_z) {
-    reset_z(p, running_z);
+  // kr and qr before attention_norm divides them.
+  const T* unread() const { return Decay::decays ? kq_r : kq; }
+
+  // The divisors of attention_norm. Returns where the block has to end: before any token whose prediction is 0 because
+  // it shares nothing with z. Such a token stands first, where no NaN of the block can reach it.
+  int divide(const Problem& p, int64_t ld, T* running_z) {
+    reset_z(ld, running_z);
     copy_in<Tile>(running_z, ld, z, ld);
-    attention_norm_fwd<Tile, Decay, Rule::predicts, C>(Decay::decays ? kq_r : kq, k_w, A, ld, static_cast<T>(p.eps),
-                                                       static_cast<T>(p.scale), running_z, kq_r, MP, divisor);
+    attention_norm_divisors<Tile, Rule::predicts, C>(unread(), z, ld, MP, static_cast<T>(p.eps), divisor);
+    for (int t = 1; t < n && Rule::predicts; ++t)
+      if (is_blind(divisor[t])) return t;
+    return n;
   }
 };
 
@@ -175,6 +196,7 @@ void advance(const Block<Tile, Rule, Decay, C>& b, const Problem& p, int64_t ld,
     Tile::template read<end - first, true>(b.kq_r + first * ld, ld, p.K, S, RX + first * cols, stride, ahead);
   else if constexpr (end > first)
     Tile::template read<end - first>(b.kq_r + first * ld, ld, p.K, S, RX + first * cols, stride);
+  if constexpr (Rule::predicts) b.clear_blind(RX, 0);
   for (int j = 0; j < cols; j += W) {
     P R[C] = {}, X[C] = {}, vj[C], ej[C], uj[C], oj[C];
     FWP_UNROLL for (int t = 0; t < C; ++t) {
@@ -189,6 +211,7 @@ void advance(const Block<Tile, Rule, Decay, C>& b, const Problem& p, int64_t ld,
       if constexpr (output) Tile::store(o + t * cols + j, oj[t]);
     }
   }
+  if constexpr (output) b.clear_blind(o, C);
   Tile::template write_some<C, Decay::decays>(b.n, b.k_w, ld, p.K, b.A, u, S, S_out, stride);
 }
 

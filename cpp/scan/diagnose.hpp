@@ -12,9 +12,9 @@ template <class Tile>
 struct DiagnoseScratch {
   using T = typename Tile::Scalar;
   Keys<Tile> keys;
-  T *k, *q, *a, *z;       // [ld]
-  T *v, *retrieved, *u;   // [tiles][columns]
-  T* S;                   // [tiles][ld][columns]
+  T *k, *q, *a, *z;      // [ld]
+  T *v, *retrieved, *u;  // [tiles][columns]
+  T* S;                  // [tiles][ld][columns]
 
   DiagnoseScratch(Arena& arena, const Problem& p, const Geometry& g)
       : keys(arena, p),

@@ -1,6 +1,8 @@
 // The C++ interface: every function against the recurrence, strides, absent views, exceptions.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -184,6 +186,100 @@ TEST_CASE_FIXTURE(Problem, "a step of all tokens on states from a pool") {
   for (int64_t i = 0; i < B * size; ++i) hT[i] = pool[slots[i / size] * size + i % size];
   check_outputs(Rule::delta);
   for (int64_t i = 0; i < size; ++i) CHECK((pool[i] == -1 && pool[2 * size + i] == -1));
+}
+
+// DPFP with nu = 2 of a row of K numbers, feature by feature.
+std::vector<double> dpfp(const double* x) {
+  std::vector<double> r(2 * K), y;
+  for (int64_t i = 0; i < K; ++i) {
+    r[i] = std::max(x[i], 0.0);
+    r[K + i] = std::max(-x[i], 0.0);
+  }
+  for (int64_t j = 1; j <= 2; ++j)
+    for (int64_t i = 0; i < 2 * K; ++i) y.push_back(r[i] * r[(i - j + 2 * K) % (2 * K)]);
+  return y;
+}
+
+TEST_CASE_FIXTURE(Problem, "a feature map alone, and inside a scan") {
+  fwp::feature_map map;
+  map.kind = FWP_MAP_DPFP;
+  map.nu = 2;
+  const int64_t features = fwp::feature_size(map, K), rows = B * T * H;
+  REQUIRE(features == 4 * K);
+  Array q(rows * features), k(q.count());
+  fwp::feature_map_fwd(map, {x.q.data(), {rows, K}}, {q.data(), {rows, features}});
+  fwp::feature_map_fwd(map, {x.k.data(), {rows, K}}, {k.data(), {rows, features}});
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto expected = dpfp(x.q.data() + row * K);
+    for (int64_t i = 0; i < features; ++i) CHECK(q[row * features + i] == expected[i]);
+  }
+  Array dx(x.q.count());
+  fwp::feature_map_bwd(map, {q.data(), {rows, features}}, {x.q.data(), {rows, K}}, {dx.data(), {rows, K}});
+  double along = 0, twice = 0;  // |phi(x)|^2 is of degree four: <x, its gradient> is four times it
+  for (int64_t i = 0; i < dx.count(); ++i) along += 2 * dx[i] * x.q[i];
+  for (int64_t i = 0; i < q.count(); ++i) twice += q[i] * q[i];
+  CHECK(along == doctest::Approx(4 * twice));
+
+  for (const bool normalised : {false, true}) {
+    options.qk_norm = FWP_NORM_SUM;
+    options.attention_norm = normalised;
+    const int64_t columns = V + (normalised ? 1 : 0);
+    Array inside(B * T * H * V), outside(inside.count()), S(B * H * features * columns), state(S.count());
+    in.h0 = {};
+    options.feature_map = map;
+    fwp::delta_fwd(in, {{inside.data(), {B, T, H, V}}, {S.data(), {B, H, features, columns}}}, options);
+    options.feature_map = {};
+    fwp::inputs mapped = in;
+    mapped.q = {q.data(), {B, T, H, features}};
+    mapped.k = {k.data(), {B, T, H, features}};
+    fwp::delta_fwd(mapped, {{outside.data(), {B, T, H, V}}, {state.data(), {B, H, features, columns}}}, options);
+    CHECK(reference::distance(inside, outside) == 0);
+    CHECK(reference::distance(S, state) == 0);
+  }
+}
+
+TEST_CASE_FIXTURE(Problem, "a diagnosis tells what a first token finds: nothing") {
+  Array probes(B * T * H * FWP_PROBES);
+  in.h0 = {};
+  const size_t bytes = fwp::delta_diagnose_workspace(in);
+  std::vector<char> memory(bytes + 64);
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  fwp::delta_diagnose(in, {probes.data(), {B, T, H, FWP_PROBES}}, options,
+                      {memory.data() + (64 - address % 64) % 64, bytes});
+  double value = 0, key = 0;
+  for (int64_t i = 0; i < V; ++i) value += x.v[i] * x.v[i];
+  for (int64_t i = 0; i < K; ++i) key += x.k[i] * x.k[i];
+  CHECK(probes[0] == doctest::Approx(value));  // |v|^2
+  CHECK(probes[1] == 0);                       // |v~|^2
+  CHECK(probes[3] == doctest::Approx(value));  // |v - v~|^2
+  CHECK(probes[6] == doctest::Approx(key));    // |k|^2
+  CHECK(probes[8] == 0);                       // z'.k
+  Array linear(probes.count());
+  fwp::linear_diagnose(in, {linear.data(), {B, T, H, FWP_PROBES}}, options);
+  CHECK(linear[0] == probes[0]);
+  CHECK(reference::distance(linear, probes) > 0);
+}
+
+TEST_CASE("FAVOR takes its projection, and says what is wrong with another") {
+  const Array R = reference::Random(5).normal(3 * K), x = reference::Random(6).normal(K);
+  fwp::feature_map map;
+  map.kind = FWP_MAP_FAVOR;
+  map.projection = {R.data(), {3, K}};
+  CHECK(fwp::feature_size(map, K) == 6);
+  Array y(6);
+  fwp::feature_map_fwd(map, {x.data(), {1, K}}, {y.data(), {1, 6}});
+  for (int64_t i = 0; i < 3; ++i) {
+    double product = 0, square = 0;
+    for (int64_t j = 0; j < K; ++j) {
+      product += R[i * K + j] * x[j];
+      square += x[j] * x[j];
+    }
+    CHECK(y[i] == doctest::Approx(std::exp(product - square / 2) / std::sqrt(6.0)));
+    CHECK(y[3 + i] == doctest::Approx(std::exp(-product - square / 2) / std::sqrt(6.0)));
+  }
+  CHECK_THROWS_WITH_AS(fwp::feature_size(map, K + 1), "projection: expected shape (m, K_in=6), got (3, 5)", fwp::Error);
+  map.kind = 17;
+  CHECK_THROWS_WITH_AS(fwp::feature_size(map, K), "feature_map: expected a kind from 1 to 5, got 17", fwp::Error);
 }
 
 TEST_CASE_FIXTURE(Problem, "errors are exceptions with the code and the message of fwp.h") {

@@ -215,6 +215,15 @@ void step(Step* function, const inputs& in, const view& state, const view& o, co
   });
 }
 
+template <class Diagnose>
+void diagnose(Diagnose* function, const inputs& in, const view& probes, const options& options, workspace scratch) {
+  const pointer out(probes);
+  const c_options settings(options);
+  with_inputs(in, [&](const fwp_inputs* inputs) {
+    return function(settings.get(), inputs, out.get(), scratch.data, scratch.bytes, nullptr);
+  });
+}
+
 template <class Number, class Query>
 Number ask(Query* query, const inputs& in, const options& options) {
   Number answer = 0;
@@ -255,6 +264,14 @@ inline void delta_step(const inputs& in, const view& state, const view& o, const
   detail::step(fwp_delta_step, in, state, o, options, scratch);
 }
 
+// Probes of a scan, [B,T,H,FWP_PROBES] of the states' dtype, named in fwp.h.
+inline void linear_diagnose(const inputs& in, const view& probes, const options& options = {}, workspace scratch = {}) {
+  detail::diagnose(fwp_linear_diagnose, in, probes, options, scratch);
+}
+inline void delta_diagnose(const inputs& in, const view& probes, const options& options = {}, workspace scratch = {}) {
+  detail::diagnose(fwp_delta_diagnose, in, probes, options, scratch);
+}
+
 // ---- sizes ----
 
 // Elements of the 1-d checkpoints tensor, of the state's dtype.
@@ -274,6 +291,12 @@ inline size_t linear_bwd_workspace(const inputs& in, const options& options = {}
 }
 inline size_t delta_bwd_workspace(const inputs& in, const options& options = {}) {
   return detail::ask<size_t>(fwp_delta_bwd_workspace, in, options);
+}
+inline size_t linear_diagnose_workspace(const inputs& in, const options& options = {}) {
+  return detail::ask<size_t>(fwp_linear_diagnose_workspace, in, options);
+}
+inline size_t delta_diagnose_workspace(const inputs& in, const options& options = {}) {
+  return detail::ask<size_t>(fwp_delta_diagnose_workspace, in, options);
 }
 inline size_t linear_step_workspace(const inputs& in, const options& options = {}) {
   return detail::ask<size_t>(fwp_linear_step_workspace, in, options);
