@@ -49,7 +49,9 @@ void run(const Call& call) {
 
 FeatureMap::FeatureMap(int kind, int nu, double eps, py::handle projection) : map_ FWP_FEATURE_MAP_INIT {
   projection_.read_optional("projection", projection);
+  // A view of its own, so that nobody can take the memory away (ndarray.resize); of a strided last axis a copy.
   projection_.make_contiguous();
+  if (projection_.present()) projection_.read("projection", projection_.used()[py::ellipsis()]);
   map_.kind = kind;
   map_.nu = nu;
   map_.eps = eps;
@@ -82,23 +84,36 @@ py::object FeatureMap::backward(py::handle d_y, py::handle object) const {
   return dx.object().attr("reshape")(x.shape(x.size()));
 }
 
+py::tuple FeatureMap::parameters() const { return py::make_tuple(map_.nu, map_.eps, projection_.used()); }
+
 const FeatureMap* feature_map(py::handle object) {
   if (object.is_none()) return nullptr;
   if (!py::isinstance<FeatureMap>(object))
-    raise(FWP_DTYPE_ERROR, std::string("feature_map: expected None or an object of fwp_core.feature_maps, got ") +
-                               Py_TYPE(object.ptr())->tp_name);
+    raise(FWP_DTYPE_ERROR, "feature_map: expected None or an object of fwp_core.feature_maps, got " +
+                               (PyType_Check(object.ptr()) ? std::string(py::str(object))
+                                                           : std::string(Py_TYPE(object.ptr())->tp_name)));
+  auto* const instance = reinterpret_cast<py::detail::instance*>(object.ptr());
+  if (!instance->get_value_and_holder().holder_constructed())
+    raise(FWP_DTYPE_ERROR, "feature_map: expected an object whose __init__ was called, got one without");
   return object.cast<const FeatureMap*>();
 }
 
+namespace {
+
+// The map of a method, which cannot be None.
+const FeatureMap& self(py::handle object) {
+  if (object.is_none()) raise(FWP_DTYPE_ERROR, "feature_map: expected an object of fwp_core.feature_maps, got None");
+  return *feature_map(object);
+}
+
+}  // namespace
+
 void bind_features(py::module_& m) {
-  py::class_<FeatureMap>(m, "FeatureMap")
-      .def(py::init<int, int, double, py::handle>())
-      .def_property_readonly("_nu", &FeatureMap::nu)
-      .def_property_readonly("_eps", &FeatureMap::eps)
-      .def_property_readonly("_projection", &FeatureMap::projection)
-      .def("_size", &FeatureMap::size)
-      .def("_forward", &FeatureMap::forward)
-      .def("_backward", &FeatureMap::backward);
+  py::class_<FeatureMap>(m, "FeatureMap").def(py::init<int, int, double, py::handle>());
+  m.def("feature_parameters", [](py::handle map) { return self(map).parameters(); });
+  m.def("feature_size", [](py::handle map, int64_t n) { return self(map).size(n); });
+  m.def("feature_forward", [](py::handle map, py::handle x) { return self(map).forward(x); });
+  m.def("feature_backward", [](py::handle map, py::handle dy, py::handle x) { return self(map).backward(dy, x); });
 }
 
 }  // namespace fwp::python

@@ -14,9 +14,7 @@ class FeatureMap {
   FeatureMap(int kind, int nu, double eps, pybind11::handle projection);
 
   const fwp_feature_map* tensors() const { return &map_; }
-  int nu() const { return map_.nu; }
-  double eps() const { return map_.eps; }
-  pybind11::object projection() const { return projection_.object(); }
+  pybind11::tuple parameters() const;  // nu, eps, projection
 
   int64_t size(int64_t n) const;  // features of a row of n numbers
   pybind11::object forward(pybind11::handle x) const;
@@ -27,7 +25,7 @@ class FeatureMap {
   fwp_feature_map map_;
 };
 
-// None: NULL.
+// An object that is ready for use; None: NULL.
 const FeatureMap* feature_map(pybind11::handle object);
 
 }  // namespace fwp::python

@@ -146,6 +146,8 @@ py::object Array::object() const {
   return original_ ? original_ : object_;
 }
 
+py::object Array::used() const { return present() ? object_ : py::none(); }
+
 bool Array::make_contiguous() {
   if (!present() || tensor_.ndim == 0 || shape_[tensor_.ndim - 1] <= 1 || tensor_.strides == nullptr ||
       strides_[tensor_.ndim - 1] == 1)

@@ -40,6 +40,7 @@ class Array {
   const int64_t* shape() const { return shape_; }
   DLDataType dtype() const { return tensor_.dtype; }
   pybind11::object object() const;  // None if absent
+  pybind11::object used() const;    // the copy if one was made
 
   // Replaces an array whose last axis is strided by a copy; copy_back writes that copy into a write() array.
   bool make_contiguous();

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from arguments import FUNCTIONS, accepted, good, refused
 from cases import (
+    SCAN,
     DECAYS,
     DTYPES,
     HALVES,
@@ -400,3 +401,12 @@ def test_states_have_one_more_column(function):
         arguments["out"] = out._replace(dinitial_state=with_z(out.dinitial_state))
     accepted(function, arguments)
     refused(function, arguments | {"attention_norm": False}, fwp.ShapeError)
+
+
+@rules
+def test_an_accumulator_beyond_the_range_is_not_an_empty_one(isa, rule):
+    """inf / inf is NaN, and only z.q = 0 makes a read 0."""
+    one = np.full((1, 3, 1, 1), 1e160)
+    beta = np.ones((1, 3, 1))
+    o, _ = SCAN[rule](one, one, np.ones_like(one), beta, attention_norm=True)
+    assert np.isnan(o).all()

@@ -244,3 +244,18 @@ def test_summary_and_picture():
     figure = d.plot()
     assert figure.axes[0].get_title() == "contrast"
     figure.canvas.draw()
+
+
+def test_padding_of_values_is_no_value(isa):
+    """Infinite keys make NaN of the padding beside a few value columns; whole tiles have none."""
+    k = np.array([np.inf, 1.0]).reshape(1, 2, 1, 1)
+    few, many = (fwp.diagnose(fwp.linear_attention, k, k, np.ones((1, 2, 1, V))) for V in (3, 64))
+    for name, value in few.probes().items():
+        np.testing.assert_array_equal(np.isnan(value), np.isnan(many.probes()[name]), err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 2), (2, 0, 2), (2, 3, 0)])
+def test_a_picture_of_nothing(sizes):
+    pytest.importorskip("matplotlib")
+    x = np.ones((*sizes, 1))
+    fwp.diagnose(fwp.delta_rule, x, x, x, np.ones(sizes)).plot().canvas.draw()

@@ -548,3 +548,39 @@ def test_the_base_class_is_no_map():
     for make_one in (feature_maps.FeatureMap, own):
         with pytest.raises(TypeError):
             make_one()(X)
+
+
+def test_a_map_without_init_is_refused():
+    phi = feature_maps.ReLU.__new__(feature_maps.ReLU)
+    for call in (lambda: phi.dim(3), lambda: phi(X), lambda: fwp.linear_attention(*OK, feature_map=phi)):
+        with pytest.raises(
+            fwp.DTypeError, match="^feature_map: expected an object whose __init__ was called"
+        ):
+            call()
+    with pytest.raises(fwp.DTypeError, match="got <class 'fwp_core.feature_maps.ReLU'>"):
+        fwp.linear_attention(*OK, feature_map=feature_maps.ReLU)
+
+
+OK = [np.ones((1, 2, 1, 3), np.float32)] * 3
+
+
+@pytest.mark.parametrize(
+    ("n", "error"), [(2.0, fwp.DTypeError), (True, fwp.DTypeError), (-1, fwp.ArgumentError)]
+)
+def test_dim_of_no_size(n, error):
+    with pytest.raises(error, match="^n: expected an integer"):
+        feature_maps.ReLU().dim(n)
+
+
+def test_nobody_can_take_a_projection_away():
+    projection = np.ones((4, 3), np.float32)
+    phi = feature_maps.FAVOR(projection)
+    for array in (projection, phi.projection):
+        with pytest.raises(ValueError, match="resize"):
+            array.resize((2, 3))
+    projection[:] = 0  # it is read at every call
+    assert np.all(phi(X)[..., :4] == phi(X)[..., 4:])
+    strided = np.ones((3, 4), np.float32)
+    of_a_copy = feature_maps.FAVOR(strided.T)
+    strided[:] = 0
+    assert np.all(of_a_copy.projection == 1)

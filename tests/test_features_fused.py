@@ -397,3 +397,33 @@ def test_exact_scan_is_asked_with_the_same_options():
     assert relative_error(scan(mapped)[0], exact_scan(mapped)[0]) < 1e-5
     state = mapped.first_state()
     assert relative_error(steps(mapped, state), exact_scan(mapped)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("qk_norm", ["sum", "l2"])
+@pytest.mark.parametrize("length", [1.0, 17.0, 40.0])
+def test_favor_under_a_norm_neither_underflows_nor_overflows(isa, qk_norm, length):
+    """exp(-|x|^2 / 2) is divided out: |x| = 17 is subnormal in float32, 40 is 0 in float64."""
+    rng = np.random.default_rng(8)
+    projection = feature_maps.orthogonal_gaussian(5, 4, 1, np.float64)
+    q, k, v, do = rng.standard_normal((4, 1, 9, 2, 4))
+    q, k = (length * x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    beta = rng.random((1, 9, 2))
+
+    def gradients_at(dtype):
+        phi = feature_maps.FAVOR(projection.astype(dtype))
+        x = [array.astype(dtype) for array in (do, q, k, v, beta)]
+        return fwp.delta_rule_backward(*x, feature_map=phi, qk_norm=qk_norm)
+
+    # The same features without the factor that the norm divides out.
+    def features(x):
+        Rx = x @ projection.T
+        return np.exp(np.concatenate([Rx, -Rx], -1) - np.abs(Rx).max(-1, keepdims=True))
+
+    phi = feature_maps.FAVOR(projection)
+    o, _ = fwp.delta_rule(q, k, v, beta, feature_map=phi, qk_norm=qk_norm)
+    expected, _ = fwp.delta_rule(features(q), features(k), v, beta, qk_norm=qk_norm)
+    assert relative_error(o, expected) < 1e-12
+    single, double = gradients_at(np.float32), gradients_at(np.float64)
+    for x, y in zip(single[:4], double[:4], strict=True):
+        assert np.isfinite(x).all()
+        assert relative_error(x, y, floor=1e-3) < 1e-5 * length

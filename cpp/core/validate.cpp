@@ -75,8 +75,6 @@ Features read_features(const fwp_feature_map* given, int64_t n, DType dtype, Ten
   Features f = describe(map, n);
   if (f.map != Map::favor) return f;
   const Tensor R = read_projection(map, {{"m"}, {"K_in", n}}, {accumulation(dtype)});
-  if (!R.last_axis_contiguous())
-    fail(FWP_UNSUPPORTED_ERROR, R.name, ": expected a contiguous last axis, got a strided one");
   f.directions = R.shape[0];
   f.outputs = 2 * f.directions;
   f.projection = R.data;
@@ -173,6 +171,7 @@ void Call::read_heads(const fwp_inputs& in, const fwp_options& settings) {
     p.features.norm = norm;
     p.K = p.features.outputs;
     add_region(projection.region, Access::read);
+    if (projection.data != nullptr) need_contiguous_last_axis(projection);
   }
   const Tensor k = read("k", in.k, p.dtype, axes({"Hk"}, key_axis()), Access::read);
   const Tensor v = read("v", in.v, p.dtype, axes({"Hv"}, {"V"}), Access::read);
@@ -410,6 +409,7 @@ MapCall::MapCall(const fwp_feature_map* map, const DLTensor* x) {
   check_count("x", work, 2);
   p.q = rows("x", x, {"K_in", p.features.inputs});
   if (projection.region.item != 0) inputs_.push_back(projection.region);
+  if (projection.data != nullptr && !projection.last_axis_contiguous()) strided_ = projection.name;
 }
 
 void MapCall::add_output(const DLTensor* y) {

@@ -17,19 +17,20 @@ namespace {
 class Interruption {
  public:
   explicit Interruption(const Interrupt& interrupt)
-      : interrupt_(interrupt), caller_(std::this_thread::get_id()), asked_(Clock::now()) {}
+      : interrupt_(interrupt), caller_(std::this_thread::get_id()), asked_(Clock::now()), looked_(asked_) {}
 
   Stop stop() {
     return {[](void* self) { return static_cast<Interruption*>(self)->asked(); }, this};
   }
-  // The clock costs as much as thousands of flops, so it is not read at every block.
+  // The clock costs as much as thousands of flops, so it is not read at every block, but as often as blocks are long.
   bool asked() {
-    if (std::this_thread::get_id() == caller_ && ++asks_ % 16 == 0) ask();
+    if (std::this_thread::get_id() == caller_ && ++asks_ >= asks_per_look_) look();
     return stopped_.load(std::memory_order_relaxed);
   }
   // By the calling thread only.
   void ask() {
     const auto now = Clock::now();
+    looked_ = now;
     if (!interrupt_.poll || now - asked_ < std::chrono::milliseconds(5)) return;
     asked_ = now;
     if (interrupt_.poll(interrupt_.data)) stopped_.store(true, std::memory_order_relaxed);
@@ -37,11 +38,22 @@ class Interruption {
 
  private:
   using Clock = std::chrono::steady_clock;
+  static constexpr unsigned kMostAsks = 16;
+
+  void look() {
+    const auto before = looked_;
+    ask();
+    asks_ = 0;
+    if (looked_ - before > std::chrono::milliseconds(1))
+      asks_per_look_ = 1;
+    else if (asks_per_look_ < kMostAsks)
+      ++asks_per_look_;
+  }
 
   const Interrupt interrupt_;
   const std::thread::id caller_;
-  Clock::time_point asked_;
-  unsigned asks_ = 0;
+  Clock::time_point asked_, looked_;
+  unsigned asks_ = 0, asks_per_look_ = 1;
   std::atomic<bool> stopped_{false};
 };
 
@@ -94,7 +106,7 @@ struct DiagnosePlan {
 
   DiagnosePlan(const Problem& p, const Kernels& k)
       : g(k.geometry(p)), threads(useful_threads(p, p.N * p.H)), scratch((k.diagnose_scratch(p, g) + 63) / 64 * 64) {}
-  size_t bytes() const { return scratch * static_cast<size_t>(threads); }
+  size_t bytes() const { return for_workers(scratch, threads); }
 };
 
 // One backward call: groups of sequences, and in each the windows of tokens from the last to the first.
@@ -183,7 +195,8 @@ class Backward {
 
   bool reduce(int64_t begin, int64_t end, int64_t first) {
     const Geometry& g = plan_.g;
-    const int64_t pieces = plan_.threads > 1 ? 2 * plan_.threads : 1;
+    constexpr int64_t kTokens = 256;  // a piece is short, so that a call can be stopped
+    const int64_t pieces = std::max<int64_t>(plan_.threads > 1 ? 2 * plan_.threads : 1, g.window / kTokens);
     bool needed = false;
     for (const Field& f : plan_.fields) needed = needed || is_reduced(f);
     if (!needed) return true;
@@ -204,7 +217,7 @@ class Backward {
         part.width = f.width;
         part.columns = f.columns;
         part.maps = plan_.maps_late(p_) && (f.from == &Problem::q || f.from == &Problem::k);
-        k_.reduce(p_, part, memory_.scratch + static_cast<size_t>(worker) * plan_.scratch);
+        k_.reduce(p_, part, memory_.scratch + static_cast<size_t>(worker) * plan_.scratch, interruption_.stop());
       }
     });
   }
@@ -223,7 +236,7 @@ std::atomic<int> num_threads{0};
 
 size_t forward_workspace(const Problem& p) {
   const ForwardPlan plan(p, kernels(p.level), p.N);
-  return plan.scratch * static_cast<size_t>(plan.threads);
+  return for_workers(plan.scratch, plan.threads);
 }
 
 size_t backward_workspace(const Problem& p) {
@@ -258,7 +271,7 @@ bool diagnose(const Problem& p, void* workspace) {
 
 size_t map_workspace(const Problem& p) {
   const MapPlan plan(p, kernels(p.level));
-  return plan.scratch * static_cast<size_t>(plan.threads);
+  return for_workers(plan.scratch, plan.threads);
 }
 
 void map_rows(const Problem& p, void* workspace) {

@@ -133,8 +133,8 @@ auto with_tile(const Problem& p, F f) {
   return p.dtype == DType::f64 ? f(Tiles<double>()) : f(Tiles<float>());
 }
 
-void reduce_gradient(const Problem& p, const ReducePart& part, void* scratch) {
-  with_tile(p, [&](auto tile) { reduce<decltype(tile)>(p, part, scratch); });
+void reduce_gradient(const Problem& p, const ReducePart& part, void* scratch, const Stop& stop) {
+  with_tile(p, [&](auto tile) { reduce<decltype(tile)>(p, part, scratch, stop); });
 }
 
 void sum_dz(const Problem& p, const Geometry& g, int64_t n, void* D) {

@@ -21,7 +21,7 @@ struct Kernels {
   size_t (*backward_scratch)(const Problem&, const Geometry&, int64_t heads);
   void (*forward)(const Problem&, const Geometry&, const ForwardPart&, void* scratch, const Stop&);
   void (*backward)(const Problem&, const Geometry&, const BackwardPart&, void* scratch, const Stop&);
-  void (*reduce)(const Problem&, const ReducePart&, void* scratch);
+  void (*reduce)(const Problem&, const ReducePart&, void* scratch, const Stop&);
   void (*sum_dz)(const Problem&, const Geometry&, int64_t n, void* D);  // the z of dh0, from the adjoints of a sequence
   // Probes of one head of a sequence: [T][H][kProbes] in p.o, of the accumulation type.
   size_t (*diagnose_scratch)(const Problem&, const Geometry&);

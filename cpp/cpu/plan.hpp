@@ -23,6 +23,12 @@ inline int useful_threads(const Problem& p, int64_t parts) {
 // Bytes of a number in the accumulation type.
 inline int64_t sum_size(const Problem& p) { return item_size(accumulation(p.dtype)); }
 
+// Scratch of all workers.
+inline size_t for_workers(size_t scratch, int workers) {
+  const size_t count = static_cast<size_t>(std::max(workers, 1));
+  return scratch > Arena::kTooMuch / count ? Arena::kTooMuch : scratch * count;
+}
+
 // How heads and tiles are shared out: neighbouring heads together, as many as leave every thread a part and what is in
 // use of them (`cached` numbers of each) fits into the second-level cache; the tiles of a head apart only where there
 // are few heads, since they share the staged keys. Sums over the tiles of a head must not depend on that, so they are
@@ -35,7 +41,7 @@ struct Shares {
   Shares(const Problem& p, const Geometry& g, int64_t sequences, int64_t cached) {
     const int64_t threads = p.threads, all = sequences * p.H;
     const int64_t fitting = kCachedNumbers / std::max<int64_t>(1, cached);
-    const bool few = all < 2 * threads;
+    const bool few = threads > 1 && all < 2 * threads;
     const int64_t group = (g.tiles + kMostShares - 1) / kMostShares;
     // A step takes z from the caller's state and leaves it there: one part has all of a head.
     tiles = (few || group > 1) && !(p.step && p.attention_norm) ? group : g.tiles;
@@ -144,7 +150,7 @@ struct BackwardMemory {
     partial = arena.take<char>(heads * shares * plan.partial_numbers * item);
     gradients = arena.take<HeadGradients>(heads * shares);
     const size_t worker = std::max(plan.scratch, p.checkpoints ? 0 : forward.scratch);
-    scratch = arena.take<char>(static_cast<int64_t>(worker) * std::max(plan.threads, forward.threads));
+    scratch = arena.take<char>(static_cast<int64_t>(for_workers(worker, std::max(plan.threads, forward.threads))));
     used = arena.used();
   }
 };

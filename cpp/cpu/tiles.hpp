@@ -75,6 +75,26 @@ struct Tiles {
     return total;
   }
 
+  // out[i] = sum over d < n of rows[i] * x, for rows anywhere, `stride` apart, and x, out in scratch; whole packs of
+  // out are written.
+  static void dots(const T* rows, ptrdiff_t stride, int64_t count, int64_t n, const T* x, T* out) {
+    const int64_t whole = n / kWidth * kWidth;
+    for (int64_t i = 0; i < count; i += kWidth) {
+      const int64_t there = count - i < kWidth ? count - i : kWidth;
+      P sum[kWidth] = {};
+      for (int64_t d = 0; d < whole; d += kWidth) {
+        const P xd = load(x + d);
+        if (there == kWidth)
+          FWP_UNROLL for (int r = 0; r < kWidth; ++r) sum[r] += load_unaligned(rows + (i + r) * stride + d) * xd;
+        else
+          for (int64_t r = 0; r < there; ++r) sum[r] += load_unaligned(rows + (i + r) * stride + d) * xd;
+      }
+      store(out + i, sum_each<T>(sum));
+      for (int64_t r = 0; r < there; ++r)
+        for (int64_t d = whole; d < n; ++d) out[i + r] += rows[(i + r) * stride + d] * x[d];
+    }
+  }
+
   // Sums come in whole packs: n of them take this much room.
   template <int n>
   static constexpr int room = (n + kWidth - 1) / kWidth * kWidth;

@@ -12,20 +12,17 @@
 //   s_t = z0 . kr_t + sum_{i<t} M_ti       c_t = z0 . qr_t + sum_{i<=t} P_ti       z1 = A z0 + sum_i kw_i
 //
 // and dividing reads means dividing the rows kr_t, qr_t and the dot products M_ti, P_ti: nothing else changes.
-// Divisors are [2C], s_t + eps, then c_t + eps.
+// Divisors are [2C], s_t + eps, then c_t + eps, and so are the marks of blind reads; so is every token that is not
+// there.
 #pragma once
 
 namespace fwp {
 namespace {
 
-template <class T>
-bool is_blind(T divisor) {
-  return divisor == static_cast<T>(__builtin_inf());
-}
-
 // The divisors, from the rows kr, qr [2C][ld] and dot products as they are.
 template <class Tile, bool predicts, int C, class T>
-void attention_norm_divisors(const T* rows, const T* z, int64_t ld, const T* MP, T eps, T* divisor) {
+void attention_norm_divisors(const T* rows, const T* z, int64_t ld, const T* MP, int n, T eps, T* divisor,
+                             bool* blind) {
   using P = typename Tile::P;
   P x[Tile::template room<2 * C>] = {};
   for (int64_t d = 0; d < ld; d += Tile::kWidth) {
@@ -38,19 +35,30 @@ void attention_norm_divisors(const T* rows, const T* z, int64_t ld, const T* MP,
     for (int i = 0; i < t && predicts; ++i) sum[t] += MP[M_at<C>(t, i)];
     for (int i = 0; i <= t; ++i) sum[C + t] += MP[P_at<C>(t, i)];
   }
-  for (int r = 0; r < 2 * C; ++r) divisor[r] = sum[r] == 0 ? static_cast<T>(__builtin_inf()) : sum[r] + eps;
+  for (int r = 0; r < 2 * C; ++r) {
+    blind[r] = r % C >= n || sum[r] == 0;
+    divisor[r] = sum[r] + eps;
+  }
 }
 
 // kr, qr in rows [2C][ld] become kr/(s+eps), scale qr/(c+eps), from them as they are in `from`; MP likewise; z moves
 // on.
 template <class Tile, class Decay, bool predicts, int C, class T>
-void attention_norm_fwd(const T* from, const T* kw, const T* A, int64_t ld, const T* divisor, T scale, T* z, T* rows,
-                        T* MP) {
+void attention_norm_fwd(const T* from, const T* kw, const T* A, int64_t ld, const T* divisor, const bool* blind,
+                        T scale, T* z, T* rows, T* MP) {
+  for (int r = predicts ? 0 : C; r < 2 * C; ++r) {
+    const T factor = r < C ? 1 : scale;
+    for (int64_t d = 0; d < ld; ++d) rows[r * ld + d] = blind[r] ? 0 : from[r * ld + d] * factor / divisor[r];
+  }
   for (int t = 0; t < C; ++t) {
-    for (int64_t d = 0; d < ld && predicts; ++d) rows[t * ld + d] = from[t * ld + d] / divisor[t];
-    for (int64_t d = 0; d < ld; ++d) rows[(C + t) * ld + d] = from[(C + t) * ld + d] * scale / divisor[C + t];
-    for (int i = 0; i < t && predicts; ++i) MP[M_at<C>(t, i)] /= divisor[t];
-    for (int i = 0; i <= t; ++i) MP[P_at<C>(t, i)] = MP[P_at<C>(t, i)] * scale / divisor[C + t];
+    for (int i = 0; i < t && predicts; ++i) {
+      T& M = MP[M_at<C>(t, i)];
+      M = blind[t] ? 0 : M / divisor[t];
+    }
+    for (int i = 0; i <= t; ++i) {
+      T& P = MP[P_at<C>(t, i)];
+      P = blind[C + t] ? 0 : P * scale / divisor[C + t];
+    }
   }
   for (int64_t d = 0; d < ld; d += Tile::kWidth) {
     typename Tile::P zd = Tile::load(z + d);
@@ -70,8 +78,8 @@ void attention_norm_fwd(const T* from, const T* kw, const T* A, int64_t ld, cons
 //
 // a(t, d): the decay of token t at the channels of pack d; kq [2C][ld]: keys and queries before any decay.
 template <class Tile, class Decay, bool predicts, int C, class T, class A>
-void attention_norm_bwd(const T* kq, const A& a, const T* rows, const T* MP, const T* divisor, const T* z, int64_t ld,
-                        int n, T scale, T* dkr, T* dqr, T* dkw, T* dMP, T* H, T* dz) {
+void attention_norm_bwd(const T* kq, const A& a, const T* rows, const T* MP, const T* divisor, const bool* blind,
+                        const T* z, int64_t ld, int n, T scale, T* dkr, T* dqr, T* dkw, T* dMP, T* H, T* dz) {
   using P = typename Tile::P;
   T ds[C] = {}, dc[C] = {};
   for (int t = 0; t < n; ++t) {
@@ -79,7 +87,7 @@ void attention_norm_bwd(const T* kq, const A& a, const T* rows, const T* MP, con
       c = Tile::dot(dqr + t * ld, rows + (C + t) * ld, ld);
     for (int i = 0; i < t && predicts; ++i) s += dMP[M_at<C>(t, i)] * MP[M_at<C>(t, i)];
     for (int i = 0; i <= t; ++i) c += dMP[P_at<C>(t, i)] * MP[P_at<C>(t, i)];
-    const bool no_s = is_blind(divisor[t]), no_c = is_blind(divisor[C + t]);
+    const bool no_s = blind[t], no_c = blind[C + t];
     ds[t] = no_s ? 0 : -s / divisor[t];
     dc[t] = no_c ? 0 : -c / divisor[C + t];
     for (int i = 0; i < t && predicts; ++i) dMP[M_at<C>(t, i)] = no_s ? 0 : dMP[M_at<C>(t, i)] / divisor[t] + ds[t];
@@ -92,10 +100,10 @@ void attention_norm_bwd(const T* kq, const A& a, const T* rows, const T* MP, con
       if constexpr (Decay::decays) decayed *= a(t, d);
       if (t >= n) continue;
       P dx = Tile::load(dqr + t * ld + d), dw = dc[t] * Tile::load(kq + (C + t) * ld + d);
-      Tile::store(dqr + t * ld + d, is_blind(divisor[C + t]) ? P{} : dx * scale / divisor[C + t] + dc[t] * z0);
+      Tile::store(dqr + t * ld + d, blind[C + t] ? P{} : dx * scale / divisor[C + t] + dc[t] * z0);
       if constexpr (predicts) {
         dx = Tile::load(dkr + t * ld + d);
-        Tile::store(dkr + t * ld + d, is_blind(divisor[t]) ? P{} : dx / divisor[t] + ds[t] * z0);
+        Tile::store(dkr + t * ld + d, blind[t] ? P{} : dx / divisor[t] + ds[t] * z0);
         dw += ds[t] * Tile::load(kq + t * ld + d);
       }
       dz0 += decayed * dw;

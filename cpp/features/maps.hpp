@@ -88,18 +88,17 @@ void dpfp_bwd(const T* x, int64_t n, int64_t nu, T* work, const T* dy, T* dx) {
 
 // FAVOR+ (eqs. 31 and 32), positive random features: with R the projection [m][n],
 //   y = [exp(R x - |x|^2 / 2) + eps; exp(-R x - |x|^2 / 2) + eps] / sqrt(2m)
-// in log space, log_factor = -ln(2m)/2 and floor = eps / sqrt(2m). R lies in tiles [columns of x][m_ld][kColumns],
-// m_ld = m up to whole packs. work [4 m_ld]: both exponentials; R x; its sums by tile.
+// in log space, log_factor = -ln(2m)/2 and floor = eps / sqrt(2m). work [3][m up to whole packs]: both exponentials, R
+// x.
 template <class Tile, class T>
-void favor_fwd(const Features& f, const T* R, const T* x, T* work, T* y) {
+void favor_fwd(const Features& f, const T* x, T* work, T* y) {
   const int64_t n = f.inputs, m = f.directions, m_ld = Tile::up(m);
-  T *const plus = work, *const minus = work + m_ld, *const Rx = minus + m_ld, *const part = Rx + m_ld;
-  for (int64_t i = 0; i < m_ld; ++i) Rx[i] = 0;
-  for (int64_t d = 0; d < n; d += Tile::kColumns) {
-    Tile::read_columns(R + d * m_ld, m_ld, x + d, part);
-    for (int64_t i = 0; i < m_ld; ++i) Rx[i] += part[i];
-  }
-  const T shift = static_cast<T>(f.log_factor) - Tile::dot(x, x, n) / 2, floor = static_cast<T>(f.floor);
+  T *const plus = work, *const minus = work + m_ld, *const Rx = minus + m_ld;
+  Tile::dots(static_cast<const T*>(f.projection), f.projection_stride, m, n, x, Rx);
+  T most = 0;
+  for (int64_t i = 0; i < m; ++i) most = Rx[i] > most ? Rx[i] : -Rx[i] > most ? -Rx[i] : most;
+  const T shift = f.scale_free() ? -most : static_cast<T>(f.log_factor) - Tile::dot(x, x, n) / 2;
+  const T floor = static_cast<T>(f.floor);
   for (int64_t i = 0; i < m_ld; i += Tile::kWidth) {
     Tile::store(plus + i, Tile::exp(Tile::load(Rx + i) + shift));
     Tile::store(minus + i, Tile::exp(shift - Tile::load(Rx + i)));
@@ -109,19 +108,18 @@ void favor_fwd(const Features& f, const T* R, const T* x, T* work, T* y) {
 }
 // dx = sum_i (dy+_i exp+_i - dy-_i exp-_i) R_i - x sum_i (dy+_i exp+_i + dy-_i exp-_i)
 template <class Tile, class T>
-void favor_bwd(const Features& f, const T* R, const T* x, T* work, const T* dy, T* dx) {
+void favor_bwd(const Features& f, const T* x, T* work, const T* dy, T* dx) {
   const int64_t n = f.inputs, m = f.directions, m_ld = Tile::up(m);
-  const T *const plus = work, *const minus = work + m_ld;
-  T *const along = work + 2 * m_ld, *const both = along + m_ld;
+  const T *const R = static_cast<const T*>(f.projection), *const plus = work, *const minus = work + m_ld;
+  T* const both = work + 2 * m_ld;
+  for (int64_t d = 0; d < n; ++d) dx[d] = 0;
   for (int64_t i = 0; i < m; ++i) {
-    const T p = dy[i] * plus[i], q = dy[m + i] * minus[i];
-    along[i] = p - q;
+    const T p = dy[i] * plus[i], q = dy[m + i] * minus[i], along = p - q;
     both[i] = p + q;
+    for (int64_t d = 0; d < n; ++d) dx[d] += along * R[i * f.projection_stride + d];
   }
-  for (int64_t i = m; i < m_ld; ++i) both[i] = 0;
-  const T total = Tile::sum(both, m_ld);
-  for (int64_t d = 0; d < n; d += Tile::kColumns) Tile::template read<1>(along, m_ld, m, R + d * m_ld, dx + d);
-  for (int64_t i = 0; i < n; ++i) dx[i] -= total * x[i];
+  const T total = Tile::sum(both, m);
+  for (int64_t d = 0; d < n; ++d) dx[d] -= total * x[d];
 }
 
 }  // namespace

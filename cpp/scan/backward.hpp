@@ -182,7 +182,7 @@ void retreat(const Problem& p, const Geometry& g, const Block<Tile, Rule, Decay,
   if (p.attention_norm) {
     T* const dz = D + ld * cols;
     const auto a = [&](int i, int64_t d) { return b.decay(i, d, ld); };
-    attention_norm_bwd<Tile, Decay, Rule::predicts, C>(b.kq, a, b.kq_r, b.MP, b.divisor, b.z, ld, b.n,
+    attention_norm_bwd<Tile, Decay, Rule::predicts, C>(b.kq, a, b.kq_r, b.MP, b.divisor, b.blind, b.z, ld, b.n,
                                                        static_cast<T>(p.scale), s.dkr, s.dqr, s.dkw, dMP, s.H, dz);
     b.reset_z(ld, dz);
   }
@@ -217,10 +217,13 @@ bool segment_backward(const Problem& p, const Geometry& g, const BackwardPart& p
   const auto stage = [&](int64_t& t, bool shared) {
     if (p.attention_norm && t == t0)
       copy_in<Tile>(checkpoint<T>(p, g, part.slot + t0 / g.segment, h, part.tile_begin) + size, g.ld, s.z, g.ld);
-    return stage_blocks(s.blocks, most, p, g, s.keys, head, t, end, shared, s.z);
+    return stage_blocks(s.blocks, most, p, g, s.keys, head, t, end, shared, s.z, stop);
   };
   int64_t starts[C + 1] = {t0}, runs = 0, count = 0;  // a block has at least one token: at most C runs, then the end
-  for (int64_t t = t0; t < end; starts[++runs] = t) count = stage(t, again);
+  for (int64_t t = t0; t < end; starts[++runs] = t) {
+    count = stage(t, again);
+    if (stop.asked(stop.data)) return false;
+  }
   int64_t staged = runs - 1;
   for (int64_t last = runs - 1; last >= 0; --last)
     for (int64_t j = part.tile_begin; j < part.tile_end; ++j) {
@@ -287,7 +290,7 @@ void scan_backward(const Problem& p, const Geometry& g, const BackwardPart& part
       const HeadGradients& to = part.gradients[h * part.next_head];
       const HeadGradients sums = segment_rows<T>(to, t0 - part.begin, s.sums, part.maps);
       if (!segment_backward(p, g, part, s, s.heads[h], again, part.head_begin + h, t0, end, sums, ahead, stop)) return;
-      deliver_segment<Tile>(p, g, part, s.keys, s.heads[h], t0, end - t0, sums, to);
+      deliver_segment<Tile>(p, g, part, s.keys, s.heads[h], t0, end - t0, sums, to, stop);
     }
   }
 
@@ -347,13 +350,13 @@ struct ReduceScratch {
 
 // Adds up the partial rows of dq or dk that have yet to go through the feature map.
 template <class Tile>
-void reduce_keys(const Problem& p, const ReducePart& part, void* scratch) {
+void reduce_keys(const Problem& p, const ReducePart& part, void* scratch, const Stop& stop) {
   using T = typename Tile::Scalar;
   Arena arena(scratch);
   const ReduceScratch<Tile> s(arena, p);
   const Sequence seq = sequence(p, part.n);
   for (int64_t h0 = 0; h0 < p.H; h0 += part.to.group)
-    for (int64_t t = part.begin; t < part.end; ++t) {
+    for (int64_t t = part.begin; t < part.end && !stop.asked(stop.data); ++t) {
       for (int64_t h = h0; h < h0 + part.to.group; ++h) {
         for (int64_t j = 0; j < part.shares; ++j) {
           const GradientRows& rows = part.gradients[h * part.shares + j].*part.field;
@@ -369,8 +372,8 @@ void reduce_keys(const Problem& p, const ReducePart& part, void* scratch) {
 
 // Adds up the partial rows of one gradient.
 template <class Tile>
-void reduce(const Problem& p, const ReducePart& part, void* scratch) {
-  if (part.maps) return reduce_keys<Tile>(p, part, scratch);
+void reduce(const Problem& p, const ReducePart& part, void* scratch, const Stop& stop) {
+  if (part.maps) return reduce_keys<Tile>(p, part, scratch, stop);
   const Rows& to = part.to;
   const Sequence seq = sequence(p, part.n);
   for (int64_t h = 0; h < p.H; h += to.group) {

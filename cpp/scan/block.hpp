@@ -17,16 +17,17 @@ template <class Tile, class Rule, class Decay, int C>
 struct Block {
   using T = typename Tile::Scalar;
   using P = typename Tile::P;
-  T* kq;       // [2C][ld]  k_t, then scale * q_t (with attention_norm q_t); zero rows from token n on
-  T* kq_r;     // [2C][ld]  kr_t, then qr_t: as they read the block's first state
-  T* k_w;      // [C][ld]   kw_i: as it is written into the block's last state
-  T* a;        // [C][ld] per channel, [C] per head: decays
-  T* A;        // [ld]
-  T* MP;       // [C][C], rules/block.hpp
-  T* beta;     // [C]
-  T* keep;     // [ld]  where the first token resets: 0 for the channels it clears, 1 for the others
-  T* z;        // [ld]  with attention_norm: the keys gathered before the block, and
-  T* divisor;  // [2C]  what reads are divided by
+  T* kq;        // [2C][ld]  k_t, then scale * q_t (with attention_norm q_t); zero rows from token n on
+  T* kq_r;      // [2C][ld]  kr_t, then qr_t: as they read the block's first state
+  T* k_w;       // [C][ld]   kw_i: as it is written into the block's last state
+  T* a;         // [C][ld] per channel, [C] per head: decays
+  T* A;         // [ld]
+  T* MP;        // [C][C], rules/block.hpp
+  T* beta;      // [C]
+  T* keep;      // [ld]  where the first token resets: 0 for the channels it clears, 1 for the others
+  T* z;         // [ld]  with attention_norm: the keys gathered before the block, and
+  T* divisor;   // [2C]  what reads are divided by, where they are not
+  bool* blind;  // [2C]
   bool resets;
   int n;  // tokens
 
@@ -42,6 +43,7 @@ struct Block {
     b.keep = Decay::decays ? arena.take<T>(ld) : nullptr;
     b.z = p.attention_norm ? arena.take<T>(ld) : nullptr;
     b.divisor = p.attention_norm ? arena.take<T>(2 * C) : nullptr;
+    b.blind = p.attention_norm ? arena.take<bool>(2 * C) : nullptr;
     b.resets = false;
     b.n = 0;
     return b;
@@ -71,7 +73,7 @@ struct Block {
     if (p.attention_norm) {
       const int seen = divide(p, ld, running_z);
       if (seen < n) return stage(p, g, keys, head, t0, t0 + seen, running_z);
-      attention_norm_fwd<Tile, Decay, Rule::predicts, C>(unread(), k_w, A, ld, divisor, static_cast<T>(p.scale),
+      attention_norm_fwd<Tile, Decay, Rule::predicts, C>(unread(), k_w, A, ld, divisor, blind, static_cast<T>(p.scale),
                                                          running_z, kq_r, MP);
     }
     return stage_beta(head, t0);
@@ -99,7 +101,7 @@ struct Block {
   // Clears the rows [C][columns] of reads that attention_norm makes 0: predictions (first = 0), outputs (first = C).
   void clear_blind(T* rows, int first) const {
     for (int t = 0; t < n && z; ++t)
-      if (is_blind(divisor[first + t])) fill<T>(rows + t * Tile::kColumns, Tile::kColumns, 0);
+      if (blind[first + t]) fill<T>(rows + t * Tile::kColumns, Tile::kColumns, 0);
   }
 
  private:
@@ -175,9 +177,9 @@ struct Block {
   int divide(const Problem& p, int64_t ld, T* running_z) {
     reset_z(ld, running_z);
     copy_in<Tile>(running_z, ld, z, ld);
-    attention_norm_divisors<Tile, Rule::predicts, C>(unread(), z, ld, MP, static_cast<T>(p.eps), divisor);
+    attention_norm_divisors<Tile, Rule::predicts, C>(unread(), z, ld, MP, n, static_cast<T>(p.eps), divisor, blind);
     for (int t = 1; t < n && Rule::predicts; ++t)
-      if (is_blind(divisor[t])) return t;
+      if (blind[t]) return t;
     return n;
   }
 };

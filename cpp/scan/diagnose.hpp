@@ -46,8 +46,8 @@ void stage_decay(const Problem& p, const Geometry& g, const HeadRows& gates, int
 
 // The probes of one token, which is written.
 template <class Tile, class T>
-void probe(const Problem& p, const Geometry& g, T beta, DiagnoseScratch<Tile>& s, T* out) {
-  const int64_t n = g.tiles * g.columns, tile = g.ld * g.columns;
+void probe(const Problem& p, const Geometry& g, T beta, DiagnoseScratch<Tile>& s, T* out, const Stop& stop) {
+  const int64_t tile = g.ld * g.columns;
   int64_t stalled = 0;
   T sum = 0, most = 0;
   for (int64_t d = 0; d < p.K; ++d) s.z[d] *= s.a[d];
@@ -62,29 +62,32 @@ void probe(const Problem& p, const Geometry& g, T beta, DiagnoseScratch<Tile>& s
   const T after = Tile::dot(s.z, s.q, p.K);
 
   // What a read of the key is divided by, before and after the write.
-  const T one = 1, eps = static_cast<T>(p.eps), none = static_cast<T>(__builtin_inf());
-  const auto divisor = [&](T x) { return !p.attention_norm ? one : x == 0 ? none : x + eps; };
-  const T divisor_before = divisor(before), divisor_after = divisor(before + keys);
+  const auto divided = [&](T read, T by) {
+    if (!p.attention_norm) return read;
+    return by == 0 ? 0 : read / (by + static_cast<T>(p.eps));
+  };
   for (int64_t d = 0; d < g.ld; ++d) s.q[d] = s.a[d] * s.k[d];  // how the key reads the state before its decay
   T error = 0, residual = 0, norm = 0;
-  for (int64_t j = 0; j < g.tiles; ++j) {
+  for (int64_t j = 0; j < g.tiles && !stop.asked(stop.data); ++j) {
+    const int64_t width = tile_width(p, g, j);  // columns beyond it are padding, and may be anything
     T *const S = s.S + j * tile, *const read = s.retrieved + j * g.columns, *const u = s.u + j * g.columns;
     const T* const v = s.v + j * g.columns;
     Tile::template read<1>(s.q, g.ld, p.K, S, read);
     for (int64_t i = 0; i < g.columns; ++i) {
       const T raw = read[i];
-      read[i] = raw / divisor_before;
+      read[i] = divided(raw, before);
       u[i] = beta * (p.rule == Rule::delta ? v[i] - read[i] : v[i]);
-      const T e = v[i] - read[i], left = v[i] - (raw + keys * u[i]) / divisor_after;
+      if (i >= width) continue;
+      const T e = v[i] - read[i], left = v[i] - divided(raw + keys * u[i], before + keys);
       error += e * e;
       residual += left * left;
     }
     Tile::template write<1, true>(s.k, g.ld, p.K, s.a, u, S, S);
-    norm += Tile::dot(S, S, p.K * g.columns);
+    for (int64_t d = 0; d < p.K; ++d) norm += Tile::dot(S + d * g.columns, S + d * g.columns, width);
   }
-  const T numbers[kProbes] = {Tile::dot(s.v, s.v, n),
-                              Tile::dot(s.retrieved, s.retrieved, n),
-                              Tile::dot(s.v, s.retrieved, n),
+  const T numbers[kProbes] = {Tile::dot(s.v, s.v, p.V),
+                              Tile::dot(s.retrieved, s.retrieved, p.V),
+                              Tile::dot(s.v, s.retrieved, p.V),
                               error,
                               residual,
                               norm,
@@ -116,7 +119,7 @@ void scan_diagnose(const Problem& p, const Geometry& g, int64_t n, int64_t h, vo
     T beta = 1;
     if (rows.beta.data) stage_row<Tile>(rows.beta, t, 0, 1, &beta, 1);
     stage_decay(p, g, rows.g, t, s);
-    probe(p, g, beta, s, reinterpret_cast<T*>(rows.o.at(t)));
+    probe(p, g, beta, s, reinterpret_cast<T*>(rows.o.at(t)), stop);
   }
 }
 

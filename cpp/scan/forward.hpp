@@ -53,13 +53,13 @@ bool shares_staging(const Problem& p) {
 
 // Stages blocks from token t on, `most` at the most; returns how many, and in t the token after them. Blocks end with
 // chunks, so that they are the same whatever the segments. again: they are those that were staged for another head with
-// the same keys. z: see Block::stage.
+// the same keys. z: see Block::stage. Ends early if the call was stopped, but not before the first block.
 template <class Tile, class Rule, class Decay, int C>
 int64_t stage_blocks(Block<Tile, Rule, Decay, C>* blocks, int64_t most, const Problem& p, const Geometry& g,
                      const Keys<Tile>& keys, const Head& head, int64_t& t, int64_t end, bool again,
-                     typename Tile::Scalar* z) {
+                     typename Tile::Scalar* z, const Stop& stop) {
   int64_t count = 0;
-  while (count < most && t < end) {
+  while (count < most && t < end && (count == 0 || !p.features.active() || !stop.asked(stop.data))) {
     auto& block = blocks[count++];
     const int64_t chunk_end = (t / g.chunk + 1) * g.chunk;
     t += again ? block.stage_beta(head, t) : block.stage(p, g, keys, head, t, end < chunk_end ? end : chunk_end, z);
@@ -160,7 +160,7 @@ void scan_forward(const Problem& p, const Geometry& g, const ForwardPart& part, 
         }
       const bool again = shares_staging<Decay>(p) && h > part.head_begin && rows.same_keys((&rows)[-1]);
       for (int64_t first = t0, t = t0; t < end; first = t) {
-        const int64_t count = stage_blocks(s.blocks, g.chunk / C, p, g, s.keys, rows, t, end, again, z);
+        const int64_t count = stage_blocks(s.blocks, g.chunk / C, p, g, s.keys, rows, t, end, again, z, stop);
         for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
           if (!scan_blocks(p, g, part, s, rows, j, first, count, state.at(h, j), ahead, stop)) return;
       }

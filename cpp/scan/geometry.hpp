@@ -82,14 +82,20 @@ struct Stop {
 
 namespace {
 
-// Hands out 64-byte aligned pieces of a workspace; over a null base it only counts.
+// Hands out 64-byte aligned pieces of a workspace; over a null base it only counts, up to what no machine has.
 class Arena {
  public:
+  static constexpr size_t kTooMuch = size_t{1} << 60;
+
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
   T* take(int64_t count) {
     const size_t at = used_;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    size_t bytes = 0;
+    if (__builtin_mul_overflow(static_cast<size_t>(count), sizeof(T), &bytes) || bytes > kTooMuch - at)
+      used_ = kTooMuch;
+    else
+      used_ += (bytes + 63) / 64 * 64;
     return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
   }
   size_t used() const { return used_; }

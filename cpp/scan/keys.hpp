@@ -21,17 +21,14 @@ struct Keys {
   T *y, *dx;      // its image, and a gradient
   T* normalised;  // the image after the normalisation
   T* work;        // of the map
-  T* projection;  // of FAVOR+, as features/maps.hpp wants it
 
   Keys(Arena& arena, const Problem& p) : f(p.features), size(p.key_size()), K(p.K) {
-    const int64_t n = f.active() ? whole_tiles(size) : 0, m = Tile::up(f.directions);
+    const int64_t n = f.active() ? Tile::up(size) : 0;
     x = arena.take<T>(n);
     dx = arena.take<T>(n);
     y = arena.take<T>(f.active() ? Tile::up(K) : 0);
     normalised = arena.take<T>(f.norm != Norm::none ? Tile::up(K) : 0);
-    work = arena.take<T>(f.map == Map::dpfp ? 8 * size : 4 * m);
-    projection = arena.take<T>(m * n);
-    if (f.map == Map::favor && projection) tile_projection(n, m);
+    work = arena.take<T>(f.map == Map::dpfp ? 8 * size : 3 * Tile::up(f.directions));
   }
 
   // Row t of keys or queries as the recurrence takes it, times a factor; zeros up to `padded`.
@@ -57,9 +54,7 @@ struct Keys {
   }
 
  private:
-  static int64_t whole_tiles(int64_t n) { return (n + Tile::kColumns - 1) / Tile::kColumns * Tile::kColumns; }
-
-  void read(const HeadRows& rows, int64_t t) const { stage_row<Tile>(rows, t, 0, size, x, whole_tiles(size)); }
+  void read(const HeadRows& rows, int64_t t) const { stage_row<Tile>(rows, t, 0, size, x, Tile::up(size)); }
 
   void map_fwd(T* to) const {
     switch (f.map) {
@@ -74,7 +69,7 @@ struct Keys {
       case Map::dpfp:
         return dpfp_fwd(x, size, f.nu, work, to);
       case Map::favor:
-        return favor_fwd<Tile>(f, projection, x, work, to);
+        return favor_fwd<Tile>(f, x, work, to);
     }
   }
   void map_bwd(const T* dy) const {
@@ -90,22 +85,12 @@ struct Keys {
       case Map::dpfp:
         return dpfp_bwd(x, size, f.nu, work, dy, dx);
       case Map::favor:
-        return favor_bwd<Tile>(f, projection, x, work, dy, dx);
+        return favor_bwd<Tile>(f, x, work, dy, dx);
     }
   }
 
   void copy_numbers(const T* from, T* to) const {
     for (int64_t i = 0; i < K; ++i) to[i] = from[i];
-  }
-
-  // [columns of x][m][kColumns], zeros where the projection ends.
-  void tile_projection(int64_t n, int64_t m) {
-    const T* const R = static_cast<const T*>(f.projection);
-    fill<T>(projection, m * n, 0);
-    for (int64_t i = 0; i < f.directions; ++i)
-      for (int64_t d = 0; d < size; ++d)
-        projection[d / Tile::kColumns * m * Tile::kColumns + i * Tile::kColumns + d % Tile::kColumns] =
-            R[i * f.projection_stride + d];
   }
 };
 
@@ -138,23 +123,24 @@ struct MapRows {
 // queries through their map, all rounded.
 template <class Tile, class T>
 void deliver_keys(const Keys<Tile>& keys, const HeadRows& from, int64_t t0, int64_t n, const GradientRows& sums,
-                  const GradientRows& to, int64_t skip) {
+                  const GradientRows& to, int64_t skip, const Stop& stop) {
   if (!to.data) return;
   with_type<T>(to.dtype, [&](auto type) {
     auto* out = static_cast<decltype(type)*>(to.data) + skip * to.stride;
-    for (int64_t t = 0; t < n; ++t)
+    for (int64_t t = 0; t < n && !stop.asked(stop.data); ++t)
       copy_out<Tile>(keys.pull_back(from, t0 + t, static_cast<T*>(sums.data) + t * sums.stride), keys.size,
                      out + t * to.stride);
   });
 }
 template <class Tile>
 void deliver_segment(const Problem& p, const Geometry& g, const BackwardPart& part, const Keys<Tile>& keys,
-                     const Head& head, int64_t t0, int64_t n, const HeadGradients& sums, const HeadGradients& to) {
+                     const Head& head, int64_t t0, int64_t n, const HeadGradients& sums, const HeadGradients& to,
+                     const Stop& stop) {
   using T = typename Tile::Scalar;
   const int64_t skip = t0 - part.begin;
   if (part.maps) {
-    deliver_keys<Tile, T>(keys, head.q, t0, n, sums.dq, to.dq, skip);
-    deliver_keys<Tile, T>(keys, head.k, t0, n, sums.dk, to.dk, skip);
+    deliver_keys<Tile, T>(keys, head.q, t0, n, sums.dq, to.dq, skip, stop);
+    deliver_keys<Tile, T>(keys, head.k, t0, n, sums.dk, to.dk, skip, stop);
   } else {
     round_rows<Tile>(sums.dq, n, p.K, to.dq, skip);
     round_rows<Tile>(sums.dk, n, p.K, to.dk, skip);

@@ -42,7 +42,7 @@ class FeatureMap(_core.FeatureMap):
 
     def dim(self, n: int) -> int:
         """Return the number of features of a row of size ``n``."""
-        return self._size(n)
+        return _core.feature_size(self, _integer("n", n, 0))
 
     def __call__(self, x: Array) -> Array:
         """Return the features of every row of x.
@@ -62,7 +62,7 @@ class FeatureMap(_core.FeatureMap):
         ShapeError, DTypeError, ArgumentError
             Before anything is computed.
         """
-        return self._forward(x)
+        return _core.feature_forward(self, x)
 
     def backward(self, dy: Array, x: Array) -> Array:
         """Return the gradient of sum(phi(x) * dy) with respect to x.
@@ -79,7 +79,7 @@ class FeatureMap(_core.FeatureMap):
         dx : ndarray [..., n]
             Of x's dtype.
         """
-        return self._backward(dy, x)
+        return _core.feature_backward(self, dy, x)
 
     def _arguments(self) -> tuple[Any, ...]:
         return ()
@@ -142,7 +142,7 @@ class DPFP(FeatureMap):
     @property
     def nu(self) -> int:
         """How many shifts."""
-        return self._nu
+        return _core.feature_parameters(self)[0]
 
     def _arguments(self) -> tuple[Any, ...]:
         return (self.nu,)
@@ -155,13 +155,14 @@ class FAVOR(FeatureMap):
     """Positive random features of the softmax kernel (eqs. 31 and 32; Choromanski et al. 2021), 2m of them.
 
     With R the projection, phi(x) = [exp(R x - |x|^2/2) + eps; exp(-R x - |x|^2/2) + eps] / sqrt(2m), taken
-    in log space. For Gaussian rows of R, phi(q).phi(k) estimates exp(q.k).
+    in log space. For Gaussian rows of R, phi(q).phi(k) estimates exp(q.k). In a scan with ``qk_norm`` and eps 0
+    rows are taken relative to their largest feature, which the norm divides out again: nothing underflows.
 
     Parameters
     ----------
     projection : ndarray [m, n]
-        The directions R, float32 (float64 where x is). It is read at every call; see
-        :func:`orthogonal_gaussian`.
+        The directions R, float32 (float64 where x is). They are read at every call, where they are; only
+        those whose last axis is not contiguous are copied, once. See :func:`orthogonal_gaussian`.
     eps : float
         Added to every exponential, so that no row of features is all zero.
     """
@@ -185,14 +186,14 @@ class FAVOR(FeatureMap):
     @property
     def projection(self) -> Array:
         """The directions R."""
-        projection = self._projection
+        projection = _core.feature_parameters(self)[2]
         assert projection is not None
         return projection
 
     @property
     def eps(self) -> float:
         """What is added to every exponential."""
-        return self._eps
+        return _core.feature_parameters(self)[1]
 
     def _arguments(self) -> tuple[Any, ...]:
         return self.projection, self.eps

@@ -261,8 +261,8 @@ FWP_API int fwp_checkpoints(const fwp_options* options, const fwp_inputs* inputs
 
 /* K of rows of size n. */
 FWP_API int fwp_feature_size(const fwp_feature_map* map, int64_t n, int64_t* size) FWP_NOEXCEPT;
-/* y [M,K] = phi(x [M,n]) row by row, and d_x from d_y; all of one dtype. Halves are float32 inside. Memory: one row per
- * thread, and for FAVOR a copy of the projection. */
+/* y [M,K] = phi(x [M,n]) row by row, and d_x from d_y; all of one dtype. Halves are float32 inside. Memory: a few rows
+ * per thread. These calls cannot be interrupted. */
 FWP_API int fwp_feature_map_fwd(const fwp_feature_map* map, const DLTensor* x, const DLTensor* y,
                                 void* stream) FWP_NOEXCEPT;
 FWP_API int fwp_feature_map_bwd(const fwp_feature_map* map, const DLTensor* d_y, const DLTensor* x, const DLTensor* d_x,

@@ -26,11 +26,13 @@ def draw(diagnostics: Diagnostics) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     tokens = np.arange(1, len(diagnostics.positions) + 1)
     for axes, (name, values) in zip(grid, probes.items(), strict=False):
+        axes.set_title(name.replace("_", " "), fontsize=9)
+        if values.size == 0:
+            continue
         by_token = np.moveaxis(np.where(np.isfinite(values), values, np.nan), 1, 0).reshape(len(tokens), -1)
         shown = np.ma.masked_invalid(by_token)
         axes.plot(tokens, shown.mean(axis=1), linewidth=1)
         axes.fill_between(tokens, shown.min(axis=1), shown.max(axis=1), alpha=0.25)
-        axes.set_title(name.replace("_", " "), fontsize=9)
         if name in WIDE and np.any(by_token > 0):
             axes.set_yscale("log")
     for axes in grid[len(probes) :]:
