@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from arguments import FUNCTIONS, accepted, good, refused
 from cases import (
-    SCAN,
     DECAYS,
     DTYPES,
     HALVES,
     PRECISE,
     RULES,
+    SCAN,
     exact_gradients,
     exact_scan,
     gradients,

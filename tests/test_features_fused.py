@@ -94,11 +94,18 @@ def test_float64_gradients_to_the_promised_digits(isa, rule, features):
 @pytest.mark.parametrize("dtype", PRECISE)
 @every_map
 def test_fused_is_the_map_outside(isa, rule, dtype, features):
-    """Bit for bit in the forward pass; gradients go through the map's own backward."""
+    """Bit for bit in the forward pass; gradients go through the map's own backward.
+
+    FAVOR before a norm is taken at another scale, which the norm divides out.
+    """
     case = make_case(rule, "channel", T=23, heads=(4, 2, 1), K=9, V=37, dtype=dtype, **features)
     phi = library_map(case.feature_map)
     outside = case.but(feature_map=None, q=phi(case.q), k=phi(case.k))
-    checks.assert_same_bits(scan(case), scan(outside))
+    if isinstance(phi, fwp.feature_maps.FAVOR) and case.qk_norm and phi.eps == 0:
+        for x, y in zip(scan(case), scan(outside), strict=True):
+            assert relative_error(x, y) < REORDERED[x.dtype]
+    else:
+        checks.assert_same_bits(scan(case), scan(outside))
     inner, fused = gradients(outside), gradients(case)
     through = inner._replace(dq=phi.backward(inner.dq, case.q), dk=phi.backward(inner.dk, case.k))
     for name, x, y in zip(fused._fields, fused, through, strict=True):
@@ -217,16 +224,20 @@ def test_features_without_a_sum(isa, rule):
 
 
 def test_favor_that_underflows_everywhere(isa):
-    """Where the original divides 0 by 0: zero features, under either norm, and no NaN."""
+    """Where the original divides 0 by 0: zero features without a norm, features of size 1 under one, no NaN."""
     for norm in NORMS:
         case = make_case("delta", T=9, K=4, V=20, feature_map=("FAVOR", 5), qk_norm=norm)
         case.q[:, 2] *= 1000
         case.k[:, 4] *= 1000
         (o, _), result = scan(case), gradients(case)
-        assert not np.any(o[:, 2])
-        assert not np.any(result.dq[:, 2])
-        assert not np.any(result.dk[:, 4])
-        checks.gradients_are_the_oracles(case)
+        if norm is None:
+            assert not np.any(o[:, 2])
+            assert not np.any(result.dq[:, 2])
+            assert not np.any(result.dk[:, 4])
+            checks.gradients_are_the_oracles(case)
+        else:
+            assert np.all(np.isfinite(o) & (o != 0))
+            assert all(np.isfinite(x).all() for x in result if x is not None)
 
 
 @pytest.mark.parametrize(
@@ -404,13 +415,13 @@ def test_exact_scan_is_asked_with_the_same_options():
 def test_favor_under_a_norm_neither_underflows_nor_overflows(isa, qk_norm, length):
     """exp(-|x|^2 / 2) is divided out: |x| = 17 is subnormal in float32, 40 is 0 in float64."""
     rng = np.random.default_rng(8)
-    projection = feature_maps.orthogonal_gaussian(5, 4, 1, np.float64)
+    projection = fwp.feature_maps.orthogonal_gaussian(5, 4, 1, np.float64)
     q, k, v, do = rng.standard_normal((4, 1, 9, 2, 4))
     q, k = (length * x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
     beta = rng.random((1, 9, 2))
 
     def gradients_at(dtype):
-        phi = feature_maps.FAVOR(projection.astype(dtype))
+        phi = fwp.feature_maps.FAVOR(projection.astype(dtype))
         x = [array.astype(dtype) for array in (do, q, k, v, beta)]
         return fwp.delta_rule_backward(*x, feature_map=phi, qk_norm=qk_norm)
 
@@ -419,11 +430,12 @@ def test_favor_under_a_norm_neither_underflows_nor_overflows(isa, qk_norm, lengt
         Rx = x @ projection.T
         return np.exp(np.concatenate([Rx, -Rx], -1) - np.abs(Rx).max(-1, keepdims=True))
 
-    phi = feature_maps.FAVOR(projection)
+    phi = fwp.feature_maps.FAVOR(projection)
     o, _ = fwp.delta_rule(q, k, v, beta, feature_map=phi, qk_norm=qk_norm)
     expected, _ = fwp.delta_rule(features(q), features(k), v, beta, qk_norm=qk_norm)
     assert relative_error(o, expected) < 1e-12
     single, double = gradients_at(np.float32), gradients_at(np.float64)
     for x, y in zip(single[:4], double[:4], strict=True):
         assert np.isfinite(x).all()
-        assert relative_error(x, y, floor=1e-3) < 1e-5 * length
+        # exp(R x) has the rounding of R x, and its gradient is as long as x again.
+        assert relative_error(x, y, floor=1e-3) < 1e-5 + 1e-6 * length**2

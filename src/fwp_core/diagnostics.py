@@ -40,8 +40,8 @@ class Diagnostics:
         beta \\|k\\|^2, with ``attention_norm`` beta \\|k\\|^2 / (s + \\|k\\|^2): the part of v that a read of
         its own key finds written.
     balance
-        sum(k), with ``attention_norm`` sum(k) / s: the weight on the old values that are removed over that on the
-        new value that is written; 1 is balanced (paper, appendix A.2).
+        sum(k), with ``attention_norm`` sum(k) / s: the weight on the old values that are removed over that on
+        the new value that is written; 1 is balanced (paper, appendix A.2).
     accumulator, query_accumulator
         s and c.
     z_sum, z_max
