@@ -224,7 +224,7 @@ def test_features_without_a_sum(isa, rule):
 
 
 def test_favor_that_underflows_everywhere(isa):
-    """Where the original divides 0 by 0: zero features without a norm, features of size 1 under one, no NaN."""
+    """Where the original divides 0 by 0: zero features without a norm, of size 1 under one, no NaN."""
     for norm in NORMS:
         case = make_case("delta", T=9, K=4, V=20, feature_map=("FAVOR", 5), qk_norm=norm)
         case.q[:, 2] *= 1000
