@@ -17,8 +17,8 @@ pytest.importorskip("tqdm")
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from torch.autograd.gradcheck import GradcheckError
 from tolerances import CENTRAL_DIFFERENCE, CENTRAL_STEP, NETWORK, assert_bits_equal, relative_error
+from torch.autograd.gradcheck import GradcheckError
 
 from examples.lm import report, text, training
 from examples.lm.__main__ import main
