@@ -32,6 +32,9 @@ FEATURE = {np.dtype(np.float32): 6e-7, np.dtype(np.float64): 1.2e-15}
 REORDERED = {np.dtype(np.float32): 4e-6, np.dtype(np.float64): 1e-14}
 REORDERED |= {dtype: 2 * error + 4e-6 for dtype, error in ROUNDING.items()}
 
+# A small network around two scans, token by token or at once, in float64: its layers amplify rounding.
+NETWORK = 1e-12
+
 # Central differences in float64 with the best step, eps^(1/3): eps^(2/3) = 4e-11 times the third derivative.
 CENTRAL_DIFFERENCE = 1e-7
 CENTRAL_STEP = 6e-6

@@ -154,9 +154,12 @@ class DPFP(FeatureMap):
 class FAVOR(FeatureMap):
     """Positive random features of the softmax kernel (eqs. 31 and 32; Choromanski et al. 2021), 2m of them.
 
-    With R the projection, phi(x) = [exp(R x - |x|^2/2) + eps; exp(-R x - |x|^2/2) + eps] / sqrt(2m), taken
-    in log space. For Gaussian rows of R, phi(q).phi(k) estimates exp(q.k). In a scan with ``qk_norm`` and eps
-    0 rows are taken relative to their largest feature, which the norm divides out again: nothing underflows.
+    With R the projection, taken in log space::
+
+        phi(x) = [exp(R x - |x|^2/2) + eps; exp(-R x - |x|^2/2) + eps] / sqrt(2m)
+
+    For Gaussian rows of R, phi(q).phi(k) estimates exp(q.k). In a scan with ``qk_norm`` and eps 0, rows are taken
+    relative to their largest feature, which the norm divides out again: nothing underflows.
 
     Parameters
     ----------

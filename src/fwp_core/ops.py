@@ -69,8 +69,8 @@ def delta_rule(
     q : ndarray [B,T,Hq,K]
         Queries, float32, float64, float16 or bfloat16 (the type of the package ml_dtypes).
     k : ndarray [B,T,Hk,K]
-        Keys, of the dtype of q. They are not normalised here: where beta |k|^2 > 2, states may grow without
-        bound.
+        Keys, of the dtype of q. Where ``beta |k|^2`` exceeds 2 states may grow without bound; with
+        ``qk_norm="l2"`` it is beta.
     v : ndarray [B,T,Hv,V]
         Values, of the dtype of q.
     beta : ndarray [B,T,H]

@@ -3,7 +3,7 @@
 Each scan is written twice. ``form="recurrence"`` walks over the tokens with a fast weight ``S`` [K,V]. It
 costs O(T K V) and is what the library computes. ``form="attention"`` never builds the state: it compares each
 query with all earlier keys, as attention does, in O(T^2). Both give the same numbers on finite data; that is
-the point of Schlag, Irie, Schmidhuber 2021, "Linear Transformers Are Secretly Fast Weight Programmers".
+the point of Schlag, Irie, Schmidhuber 2021, "Linear Transformers Are Secretly Fast Weight Programmers"::
 
     S'  = diag(a_t) S_{t-1}            a_t = 1, or exp(g_t) with g_t one number or K numbers      decay
     u_t = beta_t v_t                                                                              linear
@@ -12,12 +12,12 @@ the point of Schlag, Irie, Schmidhuber 2021, "Linear Transformers Are Secretly F
     o_t = scale * S_t^T q_t                                                                       read
 
 q and k may first pass through a feature map, and then be divided by their sum (eq. 29) or length. Attention
-normalisation (eqs. 26-28) turns both reads into weighted means. It needs the sum of the keys,
+normalisation (eqs. 26-28) turns both reads into weighted means. It needs the sum of the keys::
 
     z_t = a_t z_{t-1} + k_t                                                                       accumulator
 
-and takes S'^T k_t / (z'.k_t + eps) for what is stored, and o_t = scale * S_t^T q_t / (z_t.q_t + eps); either
-is 0 where z.k or z.q is. z is written as one more column of the state, one whose value is always 1.
+and takes ``S'^T k_t / (z'.k_t + eps)`` for what is stored, and ``o_t = scale * S_t^T q_t / (z_t.q_t + eps)``;
+either is 0 where z.k or z.q is. z is written as one more column of the state, one whose value is always 1.
 
 Shapes are the library's: q [B,T,Hq,K], k [B,T,Hk,K], v [B,T,Hv,V], beta [B,T,H], g [B,T,H] or [B,T,H,K],
 states [N,H,K,V], or [N,H,K,V+1] with attention normalisation; H = max(Hq,Hk,Hv), and head h reads q head
