@@ -158,8 +158,8 @@ class FAVOR(FeatureMap):
 
         phi(x) = [exp(R x - |x|^2/2) + eps; exp(-R x - |x|^2/2) + eps] / sqrt(2m)
 
-    For Gaussian rows of R, phi(q).phi(k) estimates exp(q.k). In a scan with ``qk_norm`` and eps 0, rows are taken
-    relative to their largest feature, which the norm divides out again: nothing underflows.
+    For Gaussian rows of R, phi(q).phi(k) estimates exp(q.k). In a scan with ``qk_norm`` and eps 0, rows are
+    taken relative to their largest feature, which the norm divides out again: nothing underflows.
 
     Parameters
     ----------
