@@ -189,6 +189,19 @@ def test_a_byte_does_not_see_the_next_ones(rule):
     assert not torch.equal(logits[:, 6:], changed[:, 6:])
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("rule", WITH_STATE)
+@pytest.mark.parametrize("byte", [0, 1])
+def test_a_zero_byte_empties_the_memory(rule, byte):
+    model, bytes_in = model_and_text(rule, layers=1)
+    bytes_in = 1 + bytes_in % 255
+    bytes_in[:, 6] = byte
+    other = bytes_in.clone()
+    other[:, : 6 - TAPS + 1] += 1  # before all that the convolution still sees at the zero byte
+    logits, changed = (model(x % 256, model.initial(3))[0].detach() for x in (bytes_in, other))
+    assert (relative_error(changed[:, 6:], logits[:, 6:]) <= NETWORK) == (byte == 0)
+
+
 @pytest.mark.parametrize("rule", MEMORIES)
 def test_no_gradient_passes_a_detached_border(rule):
     model, bytes_in = model_and_text(rule)

@@ -40,13 +40,13 @@ class FastWeightMemory:
         return torch.zeros(batch, heads, size, size + self.options.get("attention_norm", False))
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, decode: bool
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor, decode: bool
     ) -> tuple[Tensor, Tensor]:
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
         if decode:
-            arrays = (x.detach().numpy() for x in (q, k, v, beta))
+            arrays = (x.detach().numpy() for x in (q, k, v, beta, g))
             return torch.from_numpy(self.step(*arrays, state=state.numpy(), **self.options)), state
-        return fast_weight(self.scan, q, k, v, beta, initial_state=state, **self.options)
+        return fast_weight(self.scan, q, k, v, beta, g, initial_state=state, **self.options)
 
 
 class SoftmaxMemory:
@@ -56,7 +56,7 @@ class SoftmaxMemory:
         return None
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: None, decode: bool
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: None, decode: bool
     ) -> tuple[Tensor, None]:
         if decode:
             raise ValueError("rule: softmax attention has no state to decode with; linear and delta have one")
@@ -105,12 +105,12 @@ class Layer(nn.Module):
         recent = torch.zeros(batch, TAPS - 1, 3 * width)
         return State(recent, self.rule.initial(batch, self.heads, width // self.heads))
 
-    def forward(self, x: Tensor, state: State, decode: bool) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, g: Tensor, state: State, decode: bool) -> tuple[Tensor, State]:
         inputs = self.norm(x)
         qkv, recent = self.convolve(self.project(inputs), state.recent)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)
         beta = torch.sigmoid(self.strength(inputs))
-        o, memory = self.rule(q, k, v, beta, state.memory, decode)
+        o, memory = self.rule(q, k, v, beta, g.expand_as(beta), state.memory, decode)
         x = x + self.out(self.head_norm(o).flatten(2))
         return x + self.perceptron(x), State(recent, memory)
 
@@ -140,11 +140,13 @@ class ByteModel(nn.Module):
         """Read a segment ``text`` [B,T] of bytes; return logits [B,T,256] and the states after it.
 
         With ``decode`` the fast weights are updated in place by a ``*_step`` function: without gradients, for
-        few bytes at a time. Either way gives the same numbers, to rounding.
+        few bytes at a time. Either way gives the same numbers, to rounding. A zero byte, which ends a file,
+        empties the fast weights: their log decay g is -inf there, and 0 elsewhere.
         """
         x, after = self.embed(text), []
+        g = torch.zeros(*text.shape, 1, dtype=x.dtype).masked_fill(text[..., None] == 0, -torch.inf)
         for layer, state in zip(self.layers, states, strict=True):
-            x, state = layer(x, state, decode)
+            x, state = layer(x, g, state, decode)
             after.append(state)
         return self.classify(self.norm(x)), after
 
