@@ -380,3 +380,11 @@ def test_the_command_line_trains_and_writes(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert report.table(results) in printed
     assert "\nfast" in printed
+
+
+def test_the_readme_shows_the_results_that_are_kept():
+    folder = ROOT / "examples/lm"
+    results = json.loads((folder / "results/standard_library.json").read_text())
+    readme = (folder / "README.md").read_text()
+    assert report.table(results) in readme
+    assert report.advantage(results) in readme.replace("\n", " ")
