@@ -383,6 +383,8 @@ def test_the_command_line_trains_and_writes(tmp_path, capsys):
 
 
 def test_the_readme_shows_the_results_that_are_kept():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: the sdist has no measured results")
     folder = ROOT / "examples/lm"
     results = json.loads((folder / "results/standard_library.json").read_text())
     readme = (folder / "README.md").read_text()
