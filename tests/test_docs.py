@@ -16,8 +16,8 @@ DIRECTIVE = re.compile(r"^(`{3,})\{(include|literalinclude|image)\} (\S+)\n((?::
 EQUATION = re.compile(r"^//.*\w = ", re.MULTILINE)
 OBJECT = re.compile(r"^\.\. \w+:: (fwp_core\.\S+)$", re.MULTILINE)
 
-if not DOCS.is_dir():
-    pytest.skip("not a checkout", allow_module_level=True)
+if not (ROOT / ".git").exists():
+    pytest.skip("not a git checkout: the sdist has no measured results", allow_module_level=True)
 
 
 def public_names(module=fwp):

@@ -290,6 +290,25 @@ def test_the_standard_library_comes_without_its_tests():
 # training
 
 
+@pytest.mark.usefixtures("float64")
+def test_the_loss_is_that_of_the_next_bytes():
+    model, piece = model_and_text("delta")
+    loss, _ = training.loss_of(model, piece, model.initial(3))
+    odds = torch.softmax(model(piece, model.initial(3))[0].detach(), dim=-1)
+    nats = [-np.log(float(odds[b, t, piece[b, t + 1]])) for b in range(3) for t in range(piece.shape[1] - 1)]
+    assert loss.item() == pytest.approx(np.mean(nats), rel=NETWORK)
+
+
+@pytest.mark.usefixtures("float64")
+def test_validation_reads_the_whole_text_once_with_its_state_carried():
+    model, _ = model_and_text("delta")
+    source = np.random.default_rng(0).integers(1, 256, 2 * 49).astype(np.uint8)
+    settings = replace(TINY, streams=2, length=12, validation_bytes=len(source))
+    streams = torch.from_numpy(source.reshape(2, 49).astype(np.int64))
+    loss, _ = training.loss_of(model, streams, model.initial(2))
+    assert training.validate(model, source, settings) == pytest.approx(loss.item() / np.log(2), rel=NETWORK)
+
+
 @pytest.mark.parametrize("rule", MEMORIES)
 def test_training_lowers_the_loss(rule):
     source = np.frombuffer(b"the fast weight is written and read. " * 20, np.uint8)
@@ -361,3 +380,13 @@ def test_the_command_line_trains_and_writes(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert report.table(results) in printed
     assert "\nfast" in printed
+
+
+def test_the_readme_shows_the_results_that_are_kept():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: the sdist has no measured results")
+    folder = ROOT / "examples/lm"
+    results = json.loads((folder / "results/standard_library.json").read_text())
+    readme = (folder / "README.md").read_text()
+    assert report.table(results) in readme
+    assert report.advantage(results) in readme.replace("\n", " ")
