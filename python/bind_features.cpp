@@ -35,16 +35,6 @@ struct RowArray {
   }
 };
 
-template <class Call>
-void run(const Call& call) {
-  int status = 0;
-  {
-    const py::gil_scoped_release nogil;
-    status = call();
-  }
-  check_scan(status);
-}
-
 }  // namespace
 
 FeatureMap::FeatureMap(int kind, int nu, double eps, py::handle projection) : map_ FWP_FEATURE_MAP_INIT {
@@ -68,7 +58,7 @@ py::object FeatureMap::forward(py::handle object) const {
   const RowArray x("x", object);
   Array y;
   y.make({x.count(), size(x.size())}, x.rows.dtype());
-  run([&] { return fwp_feature_map_fwd(&map_, x.rows.tensor(), y.tensor(), nullptr); });
+  check_scan(without_gil([&] { return fwp_feature_map_fwd(&map_, x.rows.tensor(), y.tensor(), nullptr); }));
   return y.object().attr("reshape")(x.shape(y.size(1)));
 }
 
@@ -80,7 +70,8 @@ py::object FeatureMap::backward(py::handle d_y, py::handle object) const {
                                std::string(py::str(dy.array.attr("shape"))));
   Array dx;
   dx.make({x.count(), x.size()}, x.rows.dtype());
-  run([&] { return fwp_feature_map_bwd(&map_, dy.rows.tensor(), x.rows.tensor(), dx.tensor(), nullptr); });
+  check_scan(
+      without_gil([&] { return fwp_feature_map_bwd(&map_, dy.rows.tensor(), x.rows.tensor(), dx.tensor(), nullptr); }));
   return dx.object().attr("reshape")(x.shape(x.size()));
 }
 

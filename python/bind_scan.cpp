@@ -140,16 +140,12 @@ int64_t check_inputs(const Inputs& in, const fwp_options& options) {
 // has then checked the caller's own memory, overlaps included.
 template <class Call>
 void run(const Call& call, Inputs& inputs, std::initializer_list<Array*> others) {
-  const auto without_gil = [&call] {
-    const py::gil_scoped_release nogil;
-    return call();
-  };
-  int status = without_gil();
+  int status = without_gil(call);
   if (status == FWP_UNSUPPORTED_ERROR) {
     bool copied = false;
     for (Array* array : inputs.arrays()) copied |= array->make_contiguous();
     for (Array* array : others) copied |= array->make_contiguous();
-    if (copied) status = without_gil();
+    if (copied) status = without_gil(call);
   }
   check_scan(status);
   for (Array* array : others) array->copy_back();

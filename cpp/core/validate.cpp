@@ -108,6 +108,31 @@ void check_isa() {
   fail(FWP_ARGUMENT_ERROR, "FWP_ISA: expected one of ", known_isas(), ", got ", wanted != nullptr ? wanted : "nothing");
 }
 
+void CallMemory::add(const Region& region, Access access) {
+  if (region.item == 0) return;
+  regions_[region_count_] = region;
+  access_[region_count_++] = access;
+}
+
+void CallMemory::need_contiguous_last_axis(const Tensor& x) {
+  if (strided_ == nullptr && !x.last_axis_contiguous()) strided_ = x.name;
+}
+
+void CallMemory::check() const {
+  for (size_t i = 0; i < region_count_; ++i) {
+    const Region& out = regions_[i];
+    if (access_[i] != Access::write) continue;
+    if (overlaps_itself(out))
+      fail(FWP_ARGUMENT_ERROR, out.name, ": expected an output without overlap, but its own elements share memory");
+    for (size_t j = 0; j < region_count_; ++j)
+      if (j != i && overlap(out, regions_[j]))
+        fail(FWP_ARGUMENT_ERROR, out.name, ": expected an output without overlap, but it shares memory with ",
+             regions_[j].name);
+  }
+  if (strided_ != nullptr)
+    fail(FWP_UNSUPPORTED_ERROR, strided_, ": expected a contiguous last axis, got a strided one");
+}
+
 Call::Call(Rule rule, bool step, const fwp_options* options, const fwp_inputs* inputs) {
   const fwp_options settings = read_struct<fwp_options>("options", options, FWP_OPTIONS_INIT);
   const fwp_inputs in = read_struct<fwp_inputs>("inputs", inputs, FWP_INPUTS_INIT);
@@ -170,8 +195,8 @@ void Call::read_heads(const fwp_inputs& in, const fwp_options& settings) {
     p.features = read_features(settings.feature_map, p.K, p.dtype, &projection);
     p.features.norm = norm;
     p.K = p.features.outputs;
-    add_region(projection.region, Access::read);
-    if (projection.data != nullptr) need_contiguous_last_axis(projection);
+    memory_.add(projection.region, Access::read);
+    if (projection.data != nullptr) memory_.need_contiguous_last_axis(projection);
   }
   const Tensor k = read("k", in.k, p.dtype, axes({"Hk"}, key_axis()), Access::read);
   const Tensor v = read("v", in.v, p.dtype, axes({"Hv"}, {"V"}), Access::read);
@@ -255,28 +280,13 @@ void Call::add_workspace(void* workspace, size_t bytes, size_t needed) {
   region.first = address;
   region.end = address + needed;
   region.item = static_cast<int64_t>(needed);
-  add_region(region, Access::write);
-}
-
-void Call::check_memory() const {
-  for (size_t i = 0; i < region_count_; ++i) {
-    const Region& out = regions_[i];
-    if (access_[i] != Access::write) continue;
-    if (overlaps_itself(out))
-      fail(FWP_ARGUMENT_ERROR, out.name, ": expected an output without overlap, but its own elements share memory");
-    for (size_t j = 0; j < region_count_; ++j)
-      if (j != i && overlap(out, regions_[j]))
-        fail(FWP_ARGUMENT_ERROR, out.name, ": expected an output without overlap, but it shares memory with ",
-             regions_[j].name);
-  }
-  if (strided_ != nullptr)
-    fail(FWP_UNSUPPORTED_ERROR, strided_, ": expected a contiguous last axis, got a strided one");
+  memory_.add(region, Access::write);
 }
 
 Tensor Call::read(const char* name, const DLTensor* tensor, std::initializer_list<DType> dtypes,
                   std::initializer_list<Axes> shapes, Access access) {
   const Tensor x = read_tensor(name, tensor, dtypes, shapes);
-  add_region(x.region, access);
+  memory_.add(x.region, access);
   return x;
 }
 
@@ -289,7 +299,7 @@ States Call::read_states(const char* name, const DLTensor* tensor, Access access
   const Axis columns = p.attention_norm ? Axis{"V+1", p.V + 1} : Axis{"V", p.V};
   const Axis first = has_slots() ? Axis{"S"} : Axis{p.step ? "B" : "N", p.N};
   const Tensor x = read(name, tensor, accumulation(p.dtype), {first, {"H", p.H}, {"K", p.K}, columns}, access);
-  need_contiguous_last_axis(x);
+  memory_.need_contiguous_last_axis(x);
   slot_count_ = x.shape[0];
   return {x.data, x.stride[0], x.stride[1], x.stride[2]};
 }
@@ -297,7 +307,7 @@ States Call::read_states(const char* name, const DLTensor* tensor, Access access
 void* Call::read_checkpoints(const DLTensor* tensor, Access access) {
   const Axes axes{{"elements", cpu::checkpoint_elements(problem)}};
   const Tensor x = read("checkpoints", tensor, accumulation(problem.dtype), axes, access);
-  need_contiguous_last_axis(x);
+  memory_.need_contiguous_last_axis(x);
   return x.data;
 }
 
@@ -322,7 +332,7 @@ void Call::read_sequences(const DLTensor* cu_seqlens) {
 
 Integers Call::read_integers(const char* name, const DLTensor* tensor, Axis axis) {
   const Integers given = core::read_integers(name, tensor, axis);
-  add_region(given.tensor.region, Access::read);
+  memory_.add(given.tensor.region, Access::read);
   return given;
 }
 
@@ -373,7 +383,7 @@ Axes Call::axes(Axis heads, Axis size) const {
 
 Rows Call::rows(const Tensor& x) {
   const int head = has_time_ ? 2 : 1;
-  if (x.rank == head + 2) need_contiguous_last_axis(x);
+  if (x.rank == head + 2) memory_.need_contiguous_last_axis(x);
   Rows rows;
   rows.data = x.data;
   rows.dtype = x.dtype;
@@ -382,16 +392,6 @@ Rows Call::rows(const Tensor& x) {
   rows.h = x.stride[head];
   rows.group = x.shape[head] > 0 ? problem.H / x.shape[head] : 1;
   return rows;
-}
-
-void Call::add_region(const Region& region, Access access) {
-  if (region.item == 0) return;
-  regions_[region_count_] = region;
-  access_[region_count_++] = access;
-}
-
-void Call::need_contiguous_last_axis(const Tensor& x) {
-  if (strided_ == nullptr && !x.last_axis_contiguous()) strided_ = x.name;
 }
 
 MapCall::MapCall(const fwp_feature_map* map, const DLTensor* x) {
@@ -407,39 +407,22 @@ MapCall::MapCall(const fwp_feature_map* map, const DLTensor* x) {
   p.K = p.features.outputs;
   const int64_t work[] = {p.T, p.K};
   check_count("x", work, 2);
-  p.q = rows("x", x, {"K_in", p.features.inputs});
-  if (projection.region.item != 0) inputs_.push_back(projection.region);
-  if (projection.data != nullptr && !projection.last_axis_contiguous()) strided_ = projection.name;
+  p.q = rows("x", x, {"K_in", p.features.inputs}, CallMemory::Access::read);
+  memory_.add(projection.region, CallMemory::Access::read);
+  if (projection.data != nullptr) memory_.need_contiguous_last_axis(projection);
 }
 
-void MapCall::add_output(const DLTensor* y) {
-  problem.o = rows("y", y, {"K", problem.K});
-  output_ = inputs_.back();
-  inputs_.pop_back();
-}
+void MapCall::add_output(const DLTensor* y) { problem.o = rows("y", y, {"K", problem.K}, CallMemory::Access::write); }
 
 void MapCall::add_gradients(const DLTensor* d_y, const DLTensor* d_x) {
-  problem.d_o = rows("d_y", d_y, {"K", problem.K});
-  problem.dq = rows("d_x", d_x, {"K_in", problem.features.inputs});
-  output_ = inputs_.back();
-  inputs_.pop_back();
+  problem.d_o = rows("d_y", d_y, {"K", problem.K}, CallMemory::Access::read);
+  problem.dq = rows("d_x", d_x, {"K_in", problem.features.inputs}, CallMemory::Access::write);
 }
 
-void MapCall::check_memory() const {
-  if (overlaps_itself(output_))
-    fail(FWP_ARGUMENT_ERROR, output_.name, ": expected an output without overlap, but its own elements share memory");
-  for (const Region& in : inputs_)
-    if (overlap(output_, in))
-      fail(FWP_ARGUMENT_ERROR, output_.name, ": expected an output without overlap, but it shares memory with ",
-           in.name);
-  if (strided_ != nullptr)
-    fail(FWP_UNSUPPORTED_ERROR, strided_, ": expected a contiguous last axis, got a strided one");
-}
-
-Rows MapCall::rows(const char* name, const DLTensor* tensor, Axis size) {
+Rows MapCall::rows(const char* name, const DLTensor* tensor, Axis size, CallMemory::Access access) {
   const Tensor x = read_tensor(name, tensor, {problem.dtype}, {{{"M", problem.T}, size}});
-  inputs_.push_back(x.region);
-  if (strided_ == nullptr && !x.last_axis_contiguous()) strided_ = name;
+  memory_.add(x.region, access);
+  memory_.need_contiguous_last_axis(x);
   Rows rows;
   rows.data = x.data;
   rows.dtype = x.dtype;

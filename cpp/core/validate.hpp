@@ -16,6 +16,27 @@ namespace fwp::core {
 
 constexpr size_t kWorkspaceAlignment = 64;
 
+// The memory of a call's tensors.
+class CallMemory {
+ public:
+  enum class Access { read, write };
+
+  void add(const Region& region, Access access);
+  void need_contiguous_last_axis(const Tensor& x);
+
+  // No output overlaps anything; then, last of all, every last axis is contiguous. A caller that can copy may thus
+  // take FWP_UNSUPPORTED_ERROR to mean that copies with a contiguous last axis would be accepted.
+  void check() const;
+
+ private:
+  static constexpr size_t kMaxRegions = 20;
+
+  std::array<Region, kMaxRegions> regions_;
+  std::array<Access, kMaxRegions> access_;
+  size_t region_count_ = 0;
+  const char* strided_ = nullptr;  // first argument whose last axis is not contiguous
+};
+
 // The problem of one C call, filled in steps: the constructor takes the inputs, then come the tensors of the direction
 // called, then check_memory. A shape, dtype or value that is wrong throws Error where it is met.
 class Call {
@@ -31,9 +52,7 @@ class Call {
   void add_gradients(const fwp_gradients* gradients);
   void add_workspace(void* workspace, size_t bytes, size_t needed);
 
-  // No output overlaps anything; then, last of all, every last axis is contiguous. A caller that can copy may thus
-  // take FWP_UNSUPPORTED_ERROR to mean that copies with a contiguous last axis would be accepted.
-  void check_memory() const;
+  void check_memory() const { memory_.check(); }
 
   // The slots of a step's sequences are copied into memory of the caller and checked there, so that nobody can change
   // one between check and use. To be called after check_memory; a wrong value throws Error.
@@ -43,8 +62,7 @@ class Call {
   Problem problem;
 
  private:
-  enum class Access { read, write };
-  static constexpr size_t kMaxRegions = 20;
+  using Access = CallMemory::Access;
 
   void read_options(const fwp_options& settings);
   void read_heads(const fwp_inputs& in, const fwp_options& settings);
@@ -63,8 +81,6 @@ class Call {
   Axes axes(Axis heads) const;             // [B,T,heads], or [B,heads] in a step of a single token
   Axes axes(Axis heads, Axis size) const;  // [B,T,heads,size]
   Rows rows(const Tensor& x);
-  void add_region(const Region& region, Access access);
-  void need_contiguous_last_axis(const Tensor& x);
 
   bool has_time_ = true;
   int64_t batch_ = -1;
@@ -72,10 +88,7 @@ class Call {
   std::vector<int64_t> offsets_;
   Integers slots_;
   int64_t slot_count_ = 0;  // of the states
-  std::array<Region, kMaxRegions> regions_;
-  std::array<Access, kMaxRegions> access_;
-  size_t region_count_ = 0;
-  const char* strided_ = nullptr;  // first argument whose last axis is not contiguous
+  CallMemory memory_;
 };
 
 // One feature map applied to rows by itself: x [M,n] to y [M,K], and back. problem.q is x and problem.o y, or
@@ -86,16 +99,14 @@ class MapCall {
 
   void add_output(const DLTensor* y);
   void add_gradients(const DLTensor* d_y, const DLTensor* d_x);
-  void check_memory() const;
+  void check_memory() const { memory_.check(); }
 
   Problem problem;
 
  private:
-  Rows rows(const char* name, const DLTensor* tensor, Axis size);
+  Rows rows(const char* name, const DLTensor* tensor, Axis size, CallMemory::Access access);
 
-  std::vector<Region> inputs_;
-  Region output_;
-  const char* strided_ = nullptr;
+  CallMemory memory_;
 };
 
 // K of a map for rows of size n.

@@ -94,7 +94,7 @@ struct MapPlan {
     const double numbers = static_cast<double>(p.T) * static_cast<double>(p.features.inputs + p.K);
     threads = numbers * 16 < kSerialFlops ? 1 : static_cast<int>(std::min<int64_t>(p.threads, p.T));
     pieces = threads > 1 ? 4 * threads : 1;
-    scratch = (k.map_scratch(p) + 63) / 64 * 64;
+    scratch = k.map_scratch(p);
   }
 };
 
@@ -105,8 +105,7 @@ struct DiagnosePlan {
   size_t scratch;
 
   DiagnosePlan(const Problem& p, const Kernels& k)
-      : g(k.geometry(p)), threads(useful_threads(p, p.N * p.H)), scratch((k.diagnose_scratch(p, g) + 63) / 64 * 64) {}
-  size_t bytes() const { return for_workers(scratch, threads); }
+      : g(k.geometry(p)), threads(useful_threads(p, p.N * p.H)), scratch(k.diagnose_scratch(p, g)) {}
 };
 
 // One backward call: groups of sequences, and in each the windows of tokens from the last to the first.
@@ -139,7 +138,8 @@ class Backward {
       place_gradients(begin, end, w * plan_.g.window);
       if (!run_window(begin, end, w * plan_.g.window) || !reduce(begin, end, w * plan_.g.window)) return false;
     }
-    for (int64_t n = begin; n < end && p_.attention_norm; ++n) k_.sum_dz(p_, plan_.g, n, adjoints(n - begin));
+    for (int64_t n = begin; n < end && p_.attention_norm && p_.dh0.data; ++n)
+      k_.sum_dz(p_, plan_.g, n, adjoints(n - begin));
     return true;
   }
 
@@ -216,7 +216,7 @@ class Backward {
         part.field = f.rows;
         part.width = f.width;
         part.columns = f.columns;
-        part.maps = plan_.maps_late(p_) && (f.from == &Problem::q || f.from == &Problem::k);
+        part.maps = f.maps;
         k_.reduce(p_, part, memory_.scratch + static_cast<size_t>(worker) * plan_.scratch, interruption_.stop());
       }
     });
@@ -257,7 +257,10 @@ bool forward(const Problem& p, void* workspace) {
 
 bool backward(const Problem& p, void* workspace) { return Backward(p, count_call(p.level), workspace).run(); }
 
-size_t diagnose_workspace(const Problem& p) { return DiagnosePlan(p, kernels(p.level)).bytes(); }
+size_t diagnose_workspace(const Problem& p) {
+  const DiagnosePlan plan(p, kernels(p.level));
+  return for_workers(plan.scratch, plan.threads);
+}
 
 bool diagnose(const Problem& p, void* workspace) {
   const Kernels& k = count_call(p.level);

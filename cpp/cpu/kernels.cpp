@@ -40,7 +40,11 @@ struct Constant {
   static constexpr int value = n;
 };
 
-// Calls f with the tile, rule and decay that a problem asks for.
+// Calls f with the tile that a problem asks for, or with the tile, rule and decay.
+template <class F>
+auto with_tile(const Problem& p, F f) {
+  return p.dtype == DType::f64 ? f(Tiles<double>()) : f(Tiles<float>());
+}
 template <class Tile, class Rule, class F>
 auto with_decay(const Problem& p, F f) {
   if (p.decay == Decay::none) return f(Tile(), Rule(), NoDecay());
@@ -53,7 +57,7 @@ auto with_rule(const Problem& p, F f) {
 }
 template <class F>
 auto with_types(const Problem& p, F f) {
-  return p.dtype == DType::f64 ? with_rule<Tiles<double>>(p, f) : with_rule<Tiles<float>>(p, f);
+  return with_tile(p, [&](auto tile) { return with_rule<decltype(tile)>(p, f); });
 }
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -90,7 +94,9 @@ Geometry cut(const Problem& p) {
   return g;
 }
 
-Geometry geometry(const Problem& p) { return p.dtype == DType::f64 ? cut<Tiles<double>>(p) : cut<Tiles<float>>(p); }
+Geometry geometry(const Problem& p) {
+  return with_tile(p, [&](auto tile) { return cut<decltype(tile)>(p); });
+}
 
 size_t forward_scratch(const Problem& p, const Geometry& g, int64_t heads, int64_t tiles) {
   return with_types(p, [&](auto tile, auto rule, auto decay) {
@@ -126,11 +132,6 @@ void backward(const Problem& p, const Geometry& g, const BackwardPart& part, voi
   with_types(p, [&](auto tile, auto rule, auto decay) {
     scan_backward<decltype(tile), decltype(rule), decltype(decay), kBlock>(p, g, part, scratch, stop);
   });
-}
-
-template <class F>
-auto with_tile(const Problem& p, F f) {
-  return p.dtype == DType::f64 ? f(Tiles<double>()) : f(Tiles<float>());
 }
 
 void reduce_gradient(const Problem& p, const ReducePart& part, void* scratch, const Stop& stop) {

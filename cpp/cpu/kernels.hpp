@@ -16,7 +16,8 @@ struct Stop;
 struct Kernels {
   const char* name;
   Geometry (*geometry)(const Problem&);
-  // Bytes of scratch for one worker whose parts have so many heads and tiles; backward's serves reduce too.
+  // Bytes of scratch, whole lines, for one worker whose parts have so many heads and tiles; backward's serves reduce
+  // too.
   size_t (*forward_scratch)(const Problem&, const Geometry&, int64_t heads, int64_t tiles);
   size_t (*backward_scratch)(const Problem&, const Geometry&, int64_t heads);
   void (*forward)(const Problem&, const Geometry&, const ForwardPart&, void* scratch, const Stop&);

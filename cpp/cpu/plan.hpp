@@ -79,7 +79,7 @@ struct ForwardPlan {
       : g(k.geometry(p)),
         shares(p, g, sequences, g.tiles * g.ld * g.columns + 2 * g.chunk * (p.K + p.V)),
         threads(useful_threads(p, sequences * shares.per_sequence)),
-        scratch((k.forward_scratch(p, g, shares.heads, shares.tiles) + 63) / 64 * 64) {}
+        scratch(k.forward_scratch(p, g, shares.heads, shares.tiles)) {}
 };
 
 // The gradients a backward pass has to deliver, in one order.
@@ -91,6 +91,7 @@ struct Field {
   int64_t columns;  // of a part, where each part of a head has its own; 0: each has a share of the whole row
   bool direct;      // one part alone makes each row: no partial sums
   int64_t partial;  // numbers per partial row
+  bool maps;        // goes through the feature map after its partial rows were added up
 };
 
 struct BackwardPlan {
@@ -110,11 +111,11 @@ struct BackwardPlan {
     const int64_t dg_width = p.decay == Decay::channel ? p.K : 1;
     const int64_t key_width = p.key_size(), key_partial = maps_late(p) ? p.K : key_width;
     const int64_t columns = shares.tiles * g.columns;
-    fields[0] = {&Problem::q, &Problem::dq, &HeadGradients::dq, key_width, 0, false, key_partial};
-    fields[1] = {&Problem::k, &Problem::dk, &HeadGradients::dk, key_width, 0, false, key_partial};
-    fields[2] = {&Problem::v, &Problem::dv, &HeadGradients::dv, p.V, columns, false, columns};
-    fields[3] = {&Problem::beta, &Problem::dbeta, &HeadGradients::dbeta, 1, 0, false, 1};
-    fields[4] = {&Problem::g, &Problem::dg, &HeadGradients::dg, dg_width, 0, false, dg_width};
+    fields[0] = {&Problem::q, &Problem::dq, &HeadGradients::dq, key_width, 0, false, key_partial, maps_late(p)};
+    fields[1] = {&Problem::k, &Problem::dk, &HeadGradients::dk, key_width, 0, false, key_partial, maps_late(p)};
+    fields[2] = {&Problem::v, &Problem::dv, &HeadGradients::dv, p.V, columns, false, columns, false};
+    fields[3] = {&Problem::beta, &Problem::dbeta, &HeadGradients::dbeta, 1, 0, false, 1, false};
+    fields[4] = {&Problem::g, &Problem::dg, &HeadGradients::dg, dg_width, 0, false, dg_width, false};
     partial_numbers = 0;
     for (Field& f : fields) {  // by the inputs, so that a query for the workspace needs no gradients
       const Rows& from = p.*f.from;
@@ -124,7 +125,7 @@ struct BackwardPlan {
     if (partial_numbers == 0)  // nothing to add up between windows: one window, no barriers
       g.window = std::max<int64_t>(1, (longest_sequence(p) + g.segment - 1) / g.segment) * g.segment;
     threads = useful_threads(p, g.together * shares.per_sequence);
-    scratch = (k.backward_scratch(p, g, shares.heads) + 63) / 64 * 64;
+    scratch = k.backward_scratch(p, g, shares.heads);
     tile_bytes = static_cast<size_t>(g.tile * sum_size(p));
     slots = 0;
     for (int64_t n = 0; n < p.N; n += g.together)

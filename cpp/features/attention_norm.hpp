@@ -5,15 +5,13 @@
 //   z_t = z'_t + k_t       beta never enters
 //   c_t = z_t . q_t        scale S_t^T q_t / (c_t + eps) is the output
 //
-// Where s_t or c_t is 0 the read is 0, whatever the state, even NaN: its divisor is infinite, and what it would have
-// read is not looked at. In the block z is like a value column that is always written 1, so that with the rows and dot
-// products of rules/decay.hpp
+// Where s_t or c_t is 0 the read is blind: 0 whatever the state, even NaN. In the block z is like a value column that
+// is always written 1, so that with the rows and dot products of rules/decay.hpp
 //
 //   s_t = z0 . kr_t + sum_{i<t} M_ti       c_t = z0 . qr_t + sum_{i<=t} P_ti       z1 = A z0 + sum_i kw_i
 //
 // and dividing reads means dividing the rows kr_t, qr_t and the dot products M_ti, P_ti: nothing else changes.
-// Divisors are [2C], s_t + eps, then c_t + eps, and so are the marks of blind reads; so is every token that is not
-// there.
+// Divisors are [2C], s_t + eps, then c_t + eps, and so are the marks of blind reads, which those of missing tokens are.
 #pragma once
 
 namespace fwp {
@@ -41,8 +39,8 @@ void attention_norm_divisors(const T* rows, const T* z, int64_t ld, const T* MP,
   }
 }
 
-// kr, qr in rows [2C][ld] become kr/(s+eps), scale qr/(c+eps), from them as they are in `from`; MP likewise; z moves
-// on.
+// From kr, qr in `from` [2C][ld] the rows kr/(s+eps), scale qr/(c+eps), which may lie in the same place; MP likewise; z
+// moves on.
 template <class Tile, class Decay, bool predicts, int C, class T>
 void attention_norm_fwd(const T* from, const T* kw, const T* A, int64_t ld, const T* divisor, const bool* blind,
                         T scale, T* z, T* rows, T* MP) {
@@ -73,8 +71,9 @@ void attention_norm_fwd(const T* from, const T* kw, const T* A, int64_t ld, cons
 // the block and becomes that of z0.
 //
 //   ds_t = -(<dkr_t, kr_t> + sum_i dM_ti M_ti) / (s_t + eps), of divided rows and adjoints; dc_t likewise
-//   dkr_t = dkr_t / (s_t + eps) + ds_t z0    dM_ti = dM_ti / (s_t + eps) + ds_t    likewise dqr_t, dP_ti with scale,
-//   dc_t dkw_i = dkw_i + dz1    H = H + dz1 z0    dz0 = A dz1 + sum_t (ds_t kr_t + dc_t qr_t), of rows as they were
+//   dkr_t = dkr_t / (s_t + eps) + ds_t z0    dM_ti = dM_ti / (s_t + eps) + ds_t    dqr_t, dP_ti likewise: scale, dc_t
+//   dkw_i = dkw_i + dz1                      H = H + dz1 z0
+//   dz0 = A dz1 + sum_t (ds_t kr_t + dc_t qr_t), of rows as they were
 //
 // a(t, d): the decay of token t at the channels of pack d; kq [2C][ld]: keys and queries before any decay.
 template <class Tile, class Decay, bool predicts, int C, class T, class A>

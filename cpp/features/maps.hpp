@@ -86,6 +86,17 @@ void dpfp_bwd(const T* x, int64_t n, int64_t nu, T* work, const T* dy, T* dx) {
   }
 }
 
+// The largest magnitude in whole packs; NaN does not count.
+template <class Tile, class T>
+T largest(const T* x, int64_t n) {
+  typename Tile::P most = {};
+  for (int64_t i = 0; i < n; i += Tile::kWidth) {
+    const typename Tile::P xi = Tile::load(x + i), size = xi < 0 ? -xi : xi;
+    most = size > most ? size : most;
+  }
+  return Tile::max(most);
+}
+
 // FAVOR+ (eqs. 31 and 32), positive random features: with R the projection [m][n],
 //   y = [exp(R x - |x|^2 / 2) + eps; exp(-R x - |x|^2 / 2) + eps] / sqrt(2m)
 // in log space, log_factor = -ln(2m)/2 and floor = eps / sqrt(2m). work [3][m up to whole packs]: both exponentials, R
@@ -95,9 +106,7 @@ void favor_fwd(const Features& f, const T* x, T* work, T* y) {
   const int64_t n = f.inputs, m = f.directions, m_ld = Tile::up(m);
   T *const plus = work, *const minus = work + m_ld, *const Rx = minus + m_ld;
   Tile::dots(static_cast<const T*>(f.projection), f.projection_stride, m, n, x, Rx);
-  T most = 0;
-  for (int64_t i = 0; i < m; ++i) most = Rx[i] > most ? Rx[i] : -Rx[i] > most ? -Rx[i] : most;
-  const T shift = f.scale_free() ? -most : static_cast<T>(f.log_factor) - Tile::dot(x, x, n) / 2;
+  const T shift = f.scale_free() ? -largest<Tile>(Rx, m_ld) : static_cast<T>(f.log_factor) - Tile::dot(x, x, n) / 2;
   const T floor = static_cast<T>(f.floor);
   for (int64_t i = 0; i < m_ld; i += Tile::kWidth) {
     Tile::store(plus + i, Tile::exp(Tile::load(Rx + i) + shift));

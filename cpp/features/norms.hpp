@@ -24,18 +24,18 @@ Divisor<T> divisor(Norm norm, const T* x, int64_t n) {
   return {scale, static_cast<T>(__builtin_sqrt(sum))};
 }
 
-// y = x / sum(x), or x / |x|; in place.
+// y = x / sum(x), or x / |x|; in place. Returns what it was divided by.
 template <class Tile, class T>
-void norm_fwd(Norm norm, T* x, int64_t n) {
+Divisor<T> norm_fwd(Norm norm, T* x, int64_t n) {
   const Divisor<T> d = divisor<Tile>(norm, x, n);
   for (int64_t i = 0; i < n; ++i) x[i] = d.value == 0 ? 0 : d.scale * x[i] / d.value;
+  return d;
 }
 
 // dx = (dy - <dy, y>) / sum, or (dy - <dy, y> y) / |x|; x becomes y, dy becomes dx.
 template <class Tile, class T>
 void norm_bwd(Norm norm, T* x, int64_t n, T* dy) {
-  const Divisor<T> d = divisor<Tile>(norm, x, n);
-  for (int64_t i = 0; i < n; ++i) x[i] = d.value == 0 ? 0 : d.scale * x[i] / d.value;
+  const Divisor<T> d = norm_fwd<Tile>(norm, x, n);
   const T along = Tile::dot(dy, x, n);
   for (int64_t i = 0; i < n; ++i)
     dy[i] = d.value == 0 ? 0 : (dy[i] - (norm == Norm::sum ? along : along * x[i])) / d.value * d.scale;

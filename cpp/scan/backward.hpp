@@ -312,6 +312,17 @@ void sum_z(const Problem& p, const Geometry& g, int64_t n, void* D) {
   }
 }
 
+// The shares of one head added up: n numbers of row t, from number `first` on.
+template <class T>
+void sum_shares(const HeadGradients* head, GradientRows HeadGradients::* field, int64_t shares, int64_t t,
+                int64_t first, int64_t n, T* sum) {
+  for (int64_t j = 0; j < shares; ++j) {
+    const GradientRows& rows = head[j].*field;
+    const T* from = static_cast<const T*>(rows.data) + t * rows.stride + first;
+    for (int64_t i = 0; i < n; ++i) sum[i] = j == 0 ? from[i] : sum[i] + from[i];
+  }
+}
+
 // One row of a gradient: the partial rows of `heads` heads, `shares` each, rounded into `out`. First the shares of a
 // head are added, then the heads, so that it does not matter how many shares a head was cut into.
 template <class Tile>
@@ -325,11 +336,7 @@ void sum_row(const HeadGradients* gradients, GradientRows HeadGradients::* field
     const int64_t n = width - first < kPiece ? width - first : kPiece;
     if (heads * shares == 0) fill<T>(sum, n, 0);
     for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t j = 0; j < shares; ++j) {
-        const GradientRows& rows = gradients[h * next_head + j].*field;
-        const T* from = static_cast<const T*>(rows.data) + t * rows.stride + first;
-        for (int64_t i = 0; i < n; ++i) head[i] = j == 0 ? from[i] : head[i] + from[i];
-      }
+      sum_shares(gradients + h * next_head, field, shares, t, first, n, head);
       for (int64_t i = 0; i < n && shares > 0; ++i) sum[i] = h == 0 ? head[i] : sum[i] + head[i];
     }
     with_type<T>(dtype, [&](auto type) { copy_out<Tile>(sum, n, reinterpret_cast<decltype(type)*>(out) + first); });
@@ -358,11 +365,7 @@ void reduce_keys(const Problem& p, const ReducePart& part, void* scratch, const 
   for (int64_t h0 = 0; h0 < p.H; h0 += part.to.group)
     for (int64_t t = part.begin; t < part.end && !stop.asked(stop.data); ++t) {
       for (int64_t h = h0; h < h0 + part.to.group; ++h) {
-        for (int64_t j = 0; j < part.shares; ++j) {
-          const GradientRows& rows = part.gradients[h * part.shares + j].*part.field;
-          const T* from = static_cast<const T*>(rows.data) + (t - part.origin) * rows.stride;
-          for (int64_t i = 0; i < p.K; ++i) s.head[i] = j == 0 ? from[i] : s.head[i] + from[i];
-        }
+        sum_shares(part.gradients + h * part.shares, part.field, part.shares, t - part.origin, 0, p.K, s.head);
         const T* dx = s.keys.pull_back(head_rows(part.from, seq, h), t, s.head);
         for (int64_t i = 0; i < part.width; ++i) s.sum[i] = h == h0 ? dx[i] : s.sum[i] + dx[i];
       }
