@@ -1,6 +1,7 @@
-"""Profiles of the property tests, and the fixture that runs a test at every instruction set level."""
+"""Profiles of property tests, the fixture for every instruction set level, and required frameworks."""
 
 import os
+import re
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,3 +28,23 @@ def isa(request):
     with fwp.use_isa(level):
         yield level
     assert fwp._core.isa_calls(level) > before, f"no call ran at {level}"
+
+
+# Files whose tests need other packages, and skip where those are absent.
+INTEROP = re.compile(r"tests/test_(dlpack|routing|torch|jax|compat)\w*\.py")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--interop", action="store_true", help="a skipped test of another framework is an error")
+
+
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not session.config.getoption("--interop") or reporter is None:
+        return
+    skipped = [report for report in reporter.getreports("skipped") if INTEROP.match(report.nodeid)]
+    if skipped:
+        reporter.ensure_newline()
+        for report in skipped:
+            reporter.write_line(f"ERROR --interop: skipped {report.nodeid}: {report.longrepr[2]}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
