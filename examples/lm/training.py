@@ -33,6 +33,18 @@ class Settings:
     rate: float = 3e-3
     validation_bytes: int = 131072
 
+    def __post_init__(self) -> None:
+        if self.validation_bytes < self.least_bytes:
+            raise ValueError(
+                f"validation_bytes: expected at least {self.least_bytes}, a segment for each stream, "
+                f"got {self.validation_bytes}"
+            )
+
+    @property
+    def least_bytes(self) -> int:
+        """Of a text that is read in streams and segments: one segment each, and the byte before it."""
+        return self.streams * (self.length + 1)
+
     @property
     def bytes_per_step(self) -> int:
         return self.streams * self.length
