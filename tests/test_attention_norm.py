@@ -416,7 +416,7 @@ def test_an_accumulator_beyond_the_range_is_not_an_empty_one(isa, rule):
 
 
 def gated_by_hand(q, k, v, beta):
-    """W_i = (1 - beta) W + beta v (x) phi(k), and z gated alike; W phi(q) without and with z.phi(q) below it."""
+    """W_i = (1 - beta) W + beta v (x) phi(k), and z gated alike: W phi(q), and that over z.phi(q)."""
     (B, T, H, K), V = k.shape, v.shape[-1]
     W, z = np.zeros((B, H, V, K)), np.zeros((B, H, K))
     plain, divided = np.zeros((2, B, T, H, V))
