@@ -295,6 +295,8 @@ def test_too_little_validation_is_refused():
     with pytest.raises(ValueError, match=r"^validation_bytes: expected at least 1028, .* got 1027$"):
         training.Settings(validation_bytes=1027)
     assert training.Settings(validation_bytes=1028).least_bytes == 1028
+    with pytest.raises(ValueError, match="^text: expected at least 26 bytes, got 25$"):
+        training.validate(ByteModel("delta", 16), np.zeros(25, np.uint8), TINY)
 
 
 def test_the_standard_library_comes_without_its_tests():

@@ -120,7 +120,7 @@ def validate(model: ByteModel, text: Bytes, settings: Settings) -> float:
     """Bits per byte over the first ``validation_bytes`` of a text, in streams and segments as in training."""
     text = text[: settings.validation_bytes]
     states, losses = model.initial(settings.streams), []
-    count = (len(text) // settings.streams - 1) // settings.length
+    count = max(1, (len(text) // settings.streams - 1) // settings.length)  # too short a text is an error
     for piece in islice(segments(text, settings.streams, settings.length), count):
         loss, states = loss_of(model, piece, states)
         losses.append(loss.item())
