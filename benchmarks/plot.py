@@ -23,6 +23,7 @@ Document = dict[str, Any]
 COLOURS = {
     "fwp_core": "#c2410c",
     "fwp_core v3": "#fb923c",
+    "fwp_core unfused": "#fdba74",
     "onnxruntime": "#1d4ed8",
     "transformers": "#15803d",
     "fla": "#7e22ce",

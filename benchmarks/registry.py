@@ -20,6 +20,7 @@ import numpy.typing as npt
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import oracle
+from oracle_features import DPFP
 from tolerances import ROUNDING, relative_error
 
 from fwp_core.reference import softmax_attention
@@ -50,7 +51,7 @@ class Case:
 
     rule is "linear" or "delta" (with decay "none", "scalar" or "channel"), "softmax", or one of the
     yardsticks "sgemm" (T^3), "copy" and "add" (T floats). In a step T is 1. query_heads: heads of q and k, if
-    fewer than H.
+    fewer than H. nu: q and k pass through DPFP-nu and the sum norm, 0 for neither.
     """
 
     rule: str
@@ -62,6 +63,7 @@ class Case:
     K: int = 1
     V: int = 1
     query_heads: int = 0
+    nu: int = 0
     dtype: str = "float32"  # of all arrays but states
     every_thread_count: bool = False  # measured at every thread count asked for, not at the largest only
     alone: bool = False  # too large to ask the peers
@@ -72,12 +74,18 @@ class Case:
         if self.rule not in (*FAST_WEIGHT_RULES, "softmax"):
             return f"{self.rule}/{self.T}"
         rule = self.rule if self.decay == "none" else f"{self.rule}-{self.decay}"
+        rule += f"-dpfp{self.nu}" if self.nu else ""
         batch = f"B{self.B}-" if self.B > 1 else ""
         time = f"T{self.T}-" if self.task != "step" else ""
         grouped = f"-q{self.query_heads}" if self.query_heads else ""
         value = f"-V{self.V}" if self.V != self.K else ""
         dtype = f"-{self.dtype}" if self.dtype != "float32" else ""
         return f"{rule}/{self.task}/{batch}{time}H{self.H}{grouped}-K{self.K}{value}{dtype}"
+
+    @property
+    def features(self) -> int:
+        """K of the states: the key size, or the number of features that a map makes of it."""
+        return 2 * self.K * self.nu or self.K
 
     @property
     def limit(self) -> str:
@@ -92,14 +100,14 @@ class Case:
         if self.rule == "sgemm":
             return 2.0 * self.T**3
         if self.task == "step":
-            return 4.0 * 2 * self.B * self.H * self.K * self.V  # the state, read and written
+            return 4.0 * 2 * self.B * self.H * self.features * self.V  # the state, read and written
         rows = self.B * self.T * self.H
         if self.rule == "softmax":
             return rows * (self.T + 1) / 2 * 2 * (self.K + self.V)  # scores and sums, the causal half
         flops = FORWARD_FLOPS[self.rule]
         if self.task == "forward+backward":
             flops += BACKWARD_FLOPS[self.rule]
-        return float(flops * self.K * self.V * rows)
+        return float(flops * self.features * self.V * rows)
 
     @property
     def scale(self) -> float:
@@ -113,14 +121,15 @@ class Case:
 
     @property
     def array_bytes(self) -> int:
-        """Bytes of the inputs, do, the outputs and the gradients of a forward and backward pass."""
+        """Bytes of the inputs and outputs, and of do and the gradients where there is a backward pass."""
         rows = self.B * self.T
         key = rows * (self.query_heads or self.H) * self.K
         value = rows * self.H * self.V
-        gate = rows * self.H * {"none": 0, "scalar": 1, "channel": self.K}[self.decay]
+        gate = rows * self.H * {"none": 0, "scalar": 1, "channel": self.features}[self.decay]
         beta = rows * self.H if self.rule == "delta" else 0
-        state = self.B * self.H * self.K * self.V
-        return np.dtype(self.dtype).itemsize * (2 * (2 * key + value + gate + beta) + 2 * value) + 4 * state
+        state = self.B * self.H * self.features * self.V
+        passes = 2 if self.task == "forward+backward" else 1
+        return np.dtype(self.dtype).itemsize * passes * (2 * key + 2 * value + gate + beta) + 4 * state
 
     def tiny(self) -> Case:
         """The same operation at a size that takes no time."""
@@ -133,10 +142,12 @@ class Case:
 class Arrays:
     """Inputs of a case, made when first used: unit q and k, beta and exp(g) in (0, 1)."""
 
-    def __init__(self, B: int, T: int, H: int, K: int, V: int, query_heads: int, dtype: str) -> None:
+    def __init__(
+        self, B: int, T: int, H: int, K: int, features: int, V: int, query_heads: int, dtype: str
+    ) -> None:
         self.rows = (B, T, H)
         self.key_shape = (B, T, query_heads or H, K)
-        self.sizes = (K, V)
+        self.sizes = (features, V)
         self.dtype = dtype
 
     q = cached_property(lambda self: aligned(_unit("q", self.key_shape), self.dtype))
@@ -188,7 +199,7 @@ class Inputs:
 
 def inputs(case: Case) -> Inputs:
     """The arrays of a case, shared between cases of one shape: nobody may write into them."""
-    x = _arrays(case.B, case.T, case.H, case.K, case.V, case.query_heads, case.dtype)
+    x = _arrays(case.B, case.T, case.H, case.K, case.features, case.V, case.query_heads, case.dtype)
     step = case.task == "step"
 
     def token(array: Array) -> Array:
@@ -232,13 +243,18 @@ def _exact_head(
         return {"o": softmax_attention(q, k, v, scale=case.scale)}
     if case.task == "step":
         q, k, v, beta, g = (None if array is None else array[:, None] for array in (q, k, v, beta, g))
-    o, final_state = oracle.forward(case.rule, q, k, v, beta, g, scale=case.scale, initial_state=state)
+    options = {"scale": case.scale, **_features(case)}
+    o, final_state = oracle.forward(case.rule, q, k, v, beta, g, initial_state=state, **options)
     if case.task == "step":
         return {"o": o[:, 0], "state": final_state}
     results = {"o": o}
     if case.task == "forward+backward":
         results |= _exact_gradients(case, do, q, k, v, beta, g)
     return results
+
+
+def _features(case: Case) -> dict[str, Any]:
+    return {"feature_map": DPFP(case.nu), "qk_norm": "sum"} if case.nu else {}
 
 
 def _exact_gradients(case: Case, do: Array, *x: Array | None, tokens: int = 4096) -> dict[str, Array]:
@@ -250,7 +266,8 @@ def _exact_gradients(case: Case, do: Array, *x: Array | None, tokens: int = 4096
     starts = range(0, case.T, tokens)
     states: list[Array | None] = [None]
     for start in starts[:-1]:
-        _, state = oracle.forward(case.rule, *(piece(array, start) for array in x), initial_state=states[-1])
+        pieces = (piece(array, start) for array in x)
+        _, state = oracle.forward(case.rule, *pieces, initial_state=states[-1], **_features(case))
         states.append(state)
     dstate, found = None, []
     for start in reversed(starts):
@@ -261,6 +278,7 @@ def _exact_gradients(case: Case, do: Array, *x: Array | None, tokens: int = 4096
             scale=case.scale,
             initial_state=states.pop(),
             dfinal_state=dstate,
+            **_features(case),
         )._asdict()
         dstate = gradients.pop("dinitial_state")
         found.append({name: array for name, array in gradients.items() if array is not None})
@@ -338,6 +356,7 @@ def _main() -> list[Case]:
             cases += [Case("delta", task, T=4096, H=8, K=64, V=64, dtype=dtype, alone=True)]
     cases += [Case("delta", T=65536, K=64, V=64, every_thread_count=True)]
     cases += [Case("softmax", T=tokens, H=8, K=64, V=64) for tokens in (4096, 1024)]
+    cases += [Case("delta", T=16384, K=64, V=64, nu=3, every_thread_count=True)]
     for rule, decay in rules[:3]:
         cases += [Case(rule, "step", decay, H=32, K=128, V=128)]
     # 64 MiB of states, more than a cache
@@ -384,7 +403,8 @@ def _memory() -> list[Case]:
     cases = [Case("delta", task, T=16384, **sizes), Case("delta", task, T=65536, alone=True, **sizes)]
     for changes in ({}, {"decay": "scalar"}, {"decay": "channel"}, {"query_heads": 2}):
         cases.append(Case("delta", task, T=65536, H=8, alone=True, **sizes, **changes))
-    return cases + [Case("linear", task, T=65536, H=8, alone=True, **sizes)]
+    cases += [Case("linear", task, T=65536, H=8, alone=True, **sizes)]
+    return cases + [Case("delta", T=16384, nu=3, **sizes)]
 
 
 # main: the table. tokens, sizes, threads: curves. memory: extra memory in place of time.

@@ -96,8 +96,8 @@ def _line(row: Record, per_second: float, ours: list[float]) -> str:
 
 
 def print_memory(rows: list[Record]) -> None:
-    """Extra memory of forward and backward."""
-    title = "memory of forward and backward, at its highest, beside inputs, do, outputs and gradients"
+    """Extra memory of each call."""
+    title = "memory of a call at its highest, beside its inputs, outputs and gradients"
     print(f"\n== {title}\n")
     print(f"  {'':48s}{'':18s}{'extra MiB':>10s}{'arrays MiB':>11s}{'share':>8s}")
     for row in rows:

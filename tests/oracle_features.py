@@ -14,11 +14,14 @@ import numpy as np
 class Map(NamedTuple):
     value: Callable  # x [..., K_in] -> y [..., K]
     vjp: Callable  # dy [..., K], x [..., K_in] -> dx [..., K_in]
+    before_norm: "Map | None" = None  # its rows at another scale, which a norm divides out; else itself
 
 
 def features(feature_map=None, qk_norm=None):
     """The Map of queries and keys: the feature map, then the norm."""
     phi, norm = feature_map or NORMS[None], NORMS[qk_norm]
+    if qk_norm and phi.before_norm:
+        phi = phi.before_norm
 
     def value(x):
         x = x.astype(np.result_type(x, np.float64))
@@ -80,7 +83,10 @@ def DPFP(nu=1):
 
 
 def FAVOR(projection, eps=0.0):
-    """exp(+-R x - |x|^2 / 2) + eps, over sqrt(2 m), with R = projection [m,K_in]."""
+    """exp(+-R x - |x|^2 / 2) + eps, over sqrt(2 m), with R = projection [m,K_in].
+
+    Before a norm, without eps, rows are taken relative to their largest feature: none underflows.
+    """
     R = projection.astype(np.float64)
     root = np.sqrt(2 * len(R))
 
@@ -95,7 +101,16 @@ def FAVOR(projection, eps=0.0):
         plus, minus = (d * y / root for d, y in zip(np.split(dy, 2, axis=-1), exponentials(x), strict=True))
         return (plus - minus) @ R - _sum(plus + minus) * x
 
-    return Map(value, vjp)
+    def relative(x):
+        largest = np.max(np.abs((x @ R.T).real), axis=-1, keepdims=True)
+        return np.exp(np.concatenate([x @ R.T, -x @ R.T], axis=-1) - largest)
+
+    def relative_vjp(dy, x):
+        # Behind a norm dy is orthogonal to the row, so that the row's own scale passes no gradient.
+        plus, minus = np.split(dy * relative(x), 2, axis=-1)
+        return (plus - minus) @ R
+
+    return Map(value, vjp, None if eps else Map(relative, relative_vjp))
 
 
 # Norms. A row without a norm becomes zero and passes no gradient.

@@ -410,3 +410,47 @@ def test_an_accumulator_beyond_the_range_is_not_an_empty_one(isa, rule):
     beta = np.ones((1, 3, 1))
     o, _ = SCAN[rule](one, one, np.ones_like(one), beta, attention_norm=True)
     assert np.isnan(o).all()
+
+
+# The gate of RFA (paper, appendix B), as docs/rules.md writes it.
+
+
+def gated_by_hand(q, k, v, beta):
+    """W_i = (1 - beta) W + beta v (x) phi(k), and z gated alike: W phi(q), and that over z.phi(q)."""
+    (B, T, H, K), V = k.shape, v.shape[-1]
+    W, z = np.zeros((B, H, V, K)), np.zeros((B, H, K))
+    plain, divided = np.zeros((2, B, T, H, V))
+    for i in range(T):
+        b = beta[:, i, :, None]
+        W = (1 - b[..., None]) * W + b[..., None] * v[:, i, :, :, None] * k[:, i, :, None, :]
+        z = (1 - b) * z + b * k[:, i]
+        plain[:, i] = np.einsum("bhvk,bhk->bhv", W, q[:, i])
+        divided[:, i] = plain[:, i] / np.sum(z * q[:, i], axis=-1, keepdims=True)
+    return plain, divided
+
+
+@pytest.mark.parametrize("phi", [fwp.feature_maps.ELU1(), fwp.feature_maps.Softmax()], ids=str)
+def test_the_gate_of_rfa(isa, phi):
+    rng = np.random.default_rng(4)
+    q, k, v = rng.standard_normal((3, 2, 30, 3, 6))
+    beta = rng.uniform(0.01, 0.99, (2, 30, 3))
+    beta[:, 12] = 1
+    with np.errstate(divide="ignore"):
+        g = np.log1p(-beta)
+    plain, divided = gated_by_hand(phi(q), phi(k), v, beta)
+    o, _ = fwp.linear_attention(q, k, v, beta, g, feature_map=phi)
+    assert relative_error(o, plain) < 1e-13
+
+    recipe = (phi(q), beta[..., None] * phi(k), v, None, g)
+    o, _ = fwp.linear_attention(*recipe, attention_norm=True, eps=0.0)
+    assert relative_error(o, divided) < 1e-12
+
+
+def test_beta_does_not_gate_the_accumulator(isa):
+    """So that the recipe above has to pass beta * phi(k), and no beta."""
+    rng = np.random.default_rng(4)
+    q, k = rng.random((2, 1, 20, 1, 5))
+    v, beta = rng.standard_normal((1, 20, 1, 4)), rng.uniform(0.1, 0.9, (1, 20, 1))
+    _, divided = gated_by_hand(q, k, v, beta)
+    o, _ = fwp.linear_attention(q, k, v, beta, np.log1p(-beta), attention_norm=True, eps=0.0)
+    assert relative_error(o, divided) > 0.1

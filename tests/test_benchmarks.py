@@ -34,6 +34,10 @@ TINY = list(dict.fromkeys(replace(case.tiny(), every_thread_count=False) for cas
 TINY_SCANS = [case for case in TINY if case.rule in registry.FAST_WEIGHT_RULES]
 
 
+def features_of(case):
+    return {"feature_map": fwp.feature_maps.DPFP(case.nu), "qk_norm": "sum"} if case.nu else {}
+
+
 def name_of(parameter):
     return getattr(parameter, "name", None)
 
@@ -66,6 +70,29 @@ def test_the_table_holds_the_promised_cases():
     assert forward | training | steps | {"delta/forward/T65536-H1-K64"} <= names
 
 
+def test_a_case_with_a_map_is_for_the_library_fused_and_not():
+    (case,) = [case for case in GROUPS["main"] if case.nu]
+    assert case.name == "delta-dpfp3/forward/T16384-H1-K64"
+    assert (case.features, case.V) == (384, 64)
+    assert replace(case, every_thread_count=False) in GROUPS["memory"]
+    for mapped in (case, case.tiny()):
+        asked = [name for name, peer in peers.PEERS.items() if peer.is_asked(mapped)]
+        assert asked == ["fwp_core", "fwp_core unfused"]
+
+
+def test_unfused_is_the_map_and_then_the_scan(monkeypatch):
+    """What reaches the scan is features: the map is not applied twice, and not inside."""
+    case, seen = Case("delta", T=6, K=4, V=5, nu=2), []
+    module = peers.PEERS["fwp_core unfused"].load()
+    monkeypatch.setitem(module.SCAN, "delta", lambda *x, **options: seen.append((x, options)))
+    module.prepare(case).call()
+    ((q, k, *_), options), phi, x = seen[0], fwp.feature_maps.DPFP(2), registry.inputs(case)
+    assert np.array_equal(q, phi(x.q))
+    assert np.array_equal(k, phi(x.k))
+    assert options["feature_map"] is None
+    assert options["qk_norm"] == "sum"
+
+
 def test_the_lower_level_is_asked_for_delta_forward_only():
     v3 = peers.PEERS["fwp_core v3"]
     asked = {(case.rule, case.decay, case.task) for case in CASES if v3.is_asked(case)}
@@ -80,6 +107,7 @@ def test_the_lower_level_is_asked_for_delta_forward_only():
         (Case("delta", "forward+backward", "channel", B=2, T=10, H=3, K=4, V=5), 22 * 4 * 5 * 60),
         (Case("linear", "forward+backward", T=10, H=3, K=4, V=5), 14 * 4 * 5 * 30),
         (Case("delta", "step", B=2, H=3, K=4, V=5), 2 * 4 * (2 * 3 * 4 * 5)),
+        (Case("delta", T=10, H=3, K=4, V=5, nu=3), 6 * 24 * 5 * 30),
         (Case("softmax", T=3, H=2, K=4, V=5), 2 * (1 + 2 + 3) * (2 * 4 + 2 * 5)),
         (Case("sgemm", T=10), 2000),
         (Case("copy", T=10), 80),
@@ -96,10 +124,13 @@ def test_array_bytes_are_those_of_a_forward_and_backward_pass(case):
     case = replace(case, task="forward+backward")
     x = registry.inputs(case)
     (o, state), pullback = fwp.vjp(
-        fwp.delta_rule if x.beta is not None else fwp.linear_attention, *x.values()[:5]
+        fwp.delta_rule if x.beta is not None else fwp.linear_attention, *x.values()[:5], **features_of(case)
     )
     arrays = [*x.values(), o, state, *pullback(x.do)]
     assert case.array_bytes == sum(array.nbytes for array in arrays if array is not None)
+    forward = [*x.values()[:5], o, state]
+    expected = sum(array.nbytes for array in forward if array is not None)
+    assert replace(case, task="forward").array_bytes == expected
 
 
 @pytest.mark.parametrize("case", TINY_SCANS, ids=name_of)
@@ -112,7 +143,7 @@ def test_inputs_have_the_shapes_of_their_case(case):
     rounding = ROUNDING.get(np.dtype(case.dtype), 0)
     np.testing.assert_allclose(np.linalg.norm(x.k.astype(np.float32), axis=-1), 1, rtol=1e-6 + rounding)
     assert (x.beta is None) == (case.rule == "linear")
-    gate = {"none": None, "scalar": rows, "channel": (*rows, case.K)}[case.decay]
+    gate = {"none": None, "scalar": rows, "channel": (*rows, case.features)}[case.decay]
     assert (None if x.g is None else x.g.shape) == gate
     assert (x.state is None) == (case.task != "step")
     assert (x.do is None) == (case.task != "forward+backward")
@@ -133,8 +164,9 @@ def test_inputs_are_the_same_in_every_process():
 
 
 @pytest.mark.parametrize("rule", registry.FAST_WEIGHT_RULES)
-def test_exact_gradients_do_not_depend_on_pieces(rule):
-    case = Case(rule, "forward+backward", decay="scalar", T=23, H=2, K=5, V=4)
+@pytest.mark.parametrize("nu", [0, 2])
+def test_exact_gradients_do_not_depend_on_pieces(rule, nu):
+    case = Case(rule, "forward+backward", decay="scalar", T=23, H=2, K=5, V=4, nu=nu)
     x = [None if array is None else array.astype(np.float64) for array in registry.inputs(case).values()]
     whole, pieces = (registry._exact_gradients(case, x[5], *x[:5], tokens=n) for n in (23, 7))
     assert (
@@ -152,7 +184,7 @@ def test_exact_results_are_those_of_the_specification(case):
     step = case.task == "step"
     arrays = [array[:, None] if step and array is not None else array for array in x.values()[:5]]
     scan = fwp.reference.delta_rule if case.rule == "delta" else fwp.reference.linear_attention
-    o, state = scan(*arrays, scale=case.scale, initial_state=x.state)
+    o, state = scan(*arrays, scale=case.scale, initial_state=x.state, **features_of(case))
     np.testing.assert_allclose(expected["o"], registry.checked(case, o[:, 0] if step else o), rtol=1e-11)
     if step:
         np.testing.assert_allclose(expected["state"], registry.checked(case, state), rtol=1e-11)

@@ -139,6 +139,26 @@ def test_with_attention_norm_the_new_value_fades(isa):
     assert summary["write_strength"]["slope"] < -0.8
 
 
+@pytest.mark.parametrize("phi", [ELU1(), DPFP(1)], ids=str)
+def test_sum_norm_lets_the_divisor_grow_as_steps_over_features(isa, phi):
+    """E s_i = (i - 1) / d_dot: sum normalisation alone does not tame the accumulator.
+
+    Keys are independent and no feature is preferred, so that each feature of a normalised phi has the mean
+    1 / d_dot, and z_{i-1}.phi(k_i) the mean (i - 1) / d_dot whatever phi(k_i), whose sum is 1. Sequences are
+    independent: by chance, their mean is off by five standard errors once in a million times.
+    """
+    rng = np.random.default_rng(0)
+    sequences, T, K = 400, 129, 16
+    k = rng.standard_normal((sequences, T, 1, K))
+    v, beta = np.zeros((sequences, T, 1, 1)), np.full((sequences, T, 1), 0.5)
+    d = fwp.diagnose(fwp.delta_rule, k, k, v, beta, feature_map=phi, qk_norm="sum", attention_norm=True)
+    for i in (2, 5, 17, 65, 129):
+        s, expected = d.accumulator[:, i - 1, 0], (i - 1) / phi.dim(K)
+        error = s.std(ddof=1) / sequences**0.5
+        assert abs(s.mean() - expected) < 5 * error, i
+        assert 5 * error < expected * (0.5 if i < 17 else 0.2), "so that another law would be seen"
+
+
 def test_a_known_pair_has_no_contrast_under_the_delta_rule_only(isa):
     rng = np.random.default_rng(0)
     pairs, sweeps = 16, 8

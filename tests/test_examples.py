@@ -1,8 +1,9 @@
 """The examples: gradients of their networks, their protocol, and their quick modes at tiny sizes."""
 
 import json
+import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from memories import FastWeightMemory
 from slow_network import Adam, SlowNetwork
 
 # These need matplotlib or tqdm, of the extra "demo".
-figures, normalisation, setting1, setting2, sweep = map(
-    pytest.importorskip, ("figures", "normalisation", "setting1", "setting2", "sweep")
+figures, normalisation, setting1, setting2, sweep, tables = map(
+    pytest.importorskip, ("figures", "normalisation", "setting1", "setting2", "sweep", "tables")
 )
 
 PAPER = Path(retrieval.__file__).parent
@@ -286,14 +287,106 @@ def test_quick_mode_writes_records_and_a_figure_and_can_be_resumed(setting, tmp_
     assert SETTINGS[setting].rules()[rules[1]].label in capsys.readouterr().out
 
 
-def test_committed_records_are_of_this_protocol():
-    for setting, module in SETTINGS.items():
-        for record in sweep.load(PAPER / "results" / setting):
-            protocol = {name: getattr(module.PROTOCOL, name) for name in record["protocol"]}
-            assert record["protocol"] == protocol, record["rule"]
-            rule = module.rules()[record["rule"]]
-            assert (record["rate"], record["batch"]) == (rule.rate, rule.batch)
-            assert record["symbols"] in module.SYMBOLS
+# The records that are kept.
+
+checkout = pytest.mark.skipif(
+    not (PAPER.parents[1] / ".git").exists(), reason="not a git checkout: the sdist has no measured results"
+)
+FOLDERS = {"setting1": ["setting1", "setting1-attention"], "setting2": ["setting2"]}
+
+
+def committed(setting):
+    """(path, record) of every run of a setting."""
+    paths = [path for folder in FOLDERS[setting] for path in (PAPER / "results" / folder).glob("*.json")]
+    return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(paths)]
+
+
+def departures(setting, path, record):
+    """What of a record is not the paper's protocol, or does not follow from the rest of the record."""
+    protocol, rule = SETTINGS[setting].PROTOCOL, SETTINGS[setting].rules()[record["rule"]]
+    run = sweep.Run(rule, record["symbols"], record["seed"], protocol)
+    steps, *losses = zip(*record["history"]["rows"], strict=True)
+    columns = list(protocol.lengths(record["symbols"]))
+    deciding = losses[columns.index(protocol.stop_on)]
+    expected = {
+        "protocol": asdict(protocol),
+        "rate": rule.rate,
+        "batch": rule.batch,
+        "steps": steps[-1],
+        "best": {name: np.fmin.reduce(column) for name, column in zip(columns, losses, strict=True)},
+        "history": {"columns": ["step", *columns], "rows": record["history"]["rows"]},
+    }
+    found = [name for name, value in expected.items() if record[name] != value]
+    found += ["file name"] * (path.name != run.file_name)
+    found += ["symbols"] * (record["symbols"] not in SETTINGS[setting].SYMBOLS)
+    found += ["steps of history"] * (list(steps) != list(range(100, steps[-1] + 1, 100)))
+    ends = [n for n in range(1, len(steps) + 1) if ended(protocol, steps[:n], deciding[:n])]
+    return found + ["end"] * (ends != [len(steps)])
+
+
+def ended(protocol, steps, losses):
+    """Whether a run with these losses is over: good enough, long enough, or none of the last was a best."""
+    recent, before = losses[-protocol.patience - 1 :], losses[: -protocol.patience - 1]
+    best = np.fmin.reduce(before, initial=np.inf)
+    hopeless = len(recent) > protocol.patience and not any(loss < best for loss in recent)
+    return losses[-1] <= protocol.target or steps[-1] >= protocol.max_steps or hopeless
+
+
+@checkout
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_committed_records_are_of_this_protocol(setting):
+    records = committed(setting)
+    assert records
+    for path, record in records:
+        assert departures(setting, path, record) == [], path
+
+
+def falsified(record):
+    """(what, record) for every single lie that a record could tell."""
+    for name, value in {"max_steps": 500, "key_size": 32, "evaluate_every": 50, "stop_on": "L"}.items():
+        yield name, record | {"protocol": record["protocol"] | {name: value}}
+    for name, value in {"rate": 3e-3, "batch": 64, "symbols": 100, "seed": 2, "steps": 50}.items():
+        yield name, record | {name: value}
+    yield "best", record | {"best": {name: loss / 2 for name, loss in record["best"].items()}}
+    columns, rows = record["history"].values()
+    cut = rows[:-1]
+    best = {name: min(row[i] for row in cut) for i, name in enumerate(columns) if i}
+    history = {"columns": columns, "rows": cut}
+    yield "cut", record | {"history": history, "steps": cut[-1][0], "best": best}
+
+
+@checkout
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_falsified_record_is_seen(setting):
+    path, record = committed(setting)[0]
+    lies = dict(falsified(record))
+    assert len(lies) == 11
+    for what, lie in lies.items():
+        assert departures(setting, path, lie) != [], what
+
+
+@checkout
+def test_the_readme_shows_the_records_that_are_kept():
+    """python examples/paper/tables.py makes it so."""
+    readme = (PAPER / "README.md").read_text(encoding="utf-8")
+    assert tables.filled(readme) == readme
+    assert re.findall("<!-- table: (.*) -->", readme) == list(tables.TABLES)
+
+
+def test_tables_beside_the_logs():
+    assert tables.cliff({20: 0.001, 40: 0.02, 60: 0.1}) == 40
+    assert tables.cliff({20: 0.001, 60: 0.02}) == "at most 60"
+    assert tables.cliff({20: 0.02}) == 20
+    assert tables.cliff({20: 0.002}) == ""
+    assert tables.beside(0.0334, 0.0245) == "0.0334 / 0.0245"
+    assert tables.beside(0.0334, None) == "0.0334"
+    assert [tables.number(x) for x in (0.00018, 62.3, 1019.0, 344000.0)] == [
+        "0.00018",
+        "62",
+        "1.0e3",
+        "3.4e5",
+    ]
+    assert tables.markdown(["a", "|b|"], [[1, 2]]) == "| a | \\|b\\| |\n| --- | --- |\n| 1 | 2 |\n"
 
 
 # Normalisation of the delta rule.
@@ -356,7 +449,15 @@ def test_the_accumulator_grows_with_the_steps():
         m = normalisation.growth(set_up(label), 600)
         assert 0.9 < normalisation.slope(m["accumulator"]) < 1.1
         assert m["balance"][-1] < 0.1 * m["balance"][10]
-    assert len(normalisation.growth(set_up("ELU+1"), 600)["state_norm"]) < 30  # diverges
+
+
+def test_without_normalisation_only_short_keys_survive():
+    lengths = {
+        label: len(normalisation.growth(set_up(label), 600)["state_norm"])
+        for label in ("no map, none, |k|² ≈ 1", "DPFP-1, none", "ELU+1, none")
+    }
+    assert lengths["no map, none, |k|² ≈ 1"] == 600
+    assert lengths["ELU+1, none"] < 30 < lengths["DPFP-1, none"] < 300
 
 
 def test_slope_and_smoothing():
@@ -370,11 +471,18 @@ def test_slope_and_smoothing():
 
 def test_contrast_falls_where_pairs_can_be_stored_and_stays_where_not():
     contrast = {
-        label: normalisation.repeated_pairs(set_up(label), pairs=4, sweeps=30)
-        for label in ("no map, L2", "ELU+1, attention")
+        label: normalisation.by_sweep(normalisation.repeated_pairs(set_up(label), pairs=4, sweeps=30), 4)
+        for label in ("no map, none, |k|² ≈ 1", "no map, L2", "ELU+1, attention", "ELU+1, none")
     }
-    assert contrast["no map, L2"][29] < 1e-6 < 0.5 < contrast["no map, L2"][30]
+    for label in ("no map, none, |k|² ≈ 1", "no map, L2"):
+        assert contrast[label][29] < 1e-6 < 0.5 < contrast[label][30]
     assert contrast["ELU+1, attention"][29] > 0.5
+    assert len(contrast["ELU+1, none"]) < 10
+
+
+def test_means_of_whole_sweeps():
+    assert normalisation.by_sweep(np.arange(11.0), 4).tolist() == [1.5, 5.5]
+    assert normalisation.by_sweep(np.arange(3.0), 4).size == 0
 
 
 def test_normalisation_in_quick_mode(tmp_path):
@@ -382,6 +490,8 @@ def test_normalisation_in_quick_mode(tmp_path):
     summary = json.loads((tmp_path / "normalisation-quick.json").read_text())
     labels = {s.label for s in normalisation.SET_UPS}
     assert set(summary["contrast"]) == set(summary["growth"]) == labels
-    assert summary["growth"]["ELU+1"]["diverged_at"] < 30
+    assert summary["growth"]["ELU+1, none"]["diverged_at"] < 30
+    assert summary["contrast"]["ELU+1, none"]["diverged_at"] < 30
+    assert summary["contrast"]["ELU+1, sum"]["diverged_at"] is None
     assert summary["growth"]["ELU+1, sum"]["diverged_at"] is None
     assert (tmp_path / "normalisation-quick.png").read_bytes().startswith(b"\x89PNG")

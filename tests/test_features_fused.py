@@ -240,6 +240,23 @@ def test_favor_that_underflows_everywhere(isa):
             assert all(np.isfinite(x).all() for x in result if x is not None)
 
 
+@rules
+@pytest.mark.parametrize("qk_norm", ["sum", "l2"])
+@pytest.mark.parametrize("length", [17.0, 45.0])
+def test_long_rows_of_favor_under_a_norm_are_the_oracles(isa, rule, qk_norm, length):
+    """exp(-45^2 / 2) is 0 in float64 too: only relative to their largest feature are there any."""
+    options = {"feature_map": ("FAVOR", 5), "qk_norm": qk_norm}
+    case = make_case(rule, T=9, K=4, V=20, dtype=np.float64, **options)
+    case = case.but(q=length * case.q, k=length * case.k)
+    checks.scan_is_the_oracles(case)
+    for name, x, y in zip(fwp.Gradients._fields, gradients(case), exact_gradients(case), strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            # exp(R x) has the rounding of R x, and its gradient is as long as x again.
+            assert relative_error(x, y, floor=1e-3) < 1e-15 * length**3, name
+    assert scan(case)[0].any(axis=-1).all()
+
+
 @pytest.mark.parametrize(
     ("dtype", "power"), [(np.float32, 66), (np.float32, 120), (np.float64, 600), (np.float64, 1000)]
 )

@@ -277,6 +277,28 @@ def test_files_are_read_in_order_and_split(tmp_path):
     assert len(validate) == 5
 
 
+@pytest.mark.parametrize("streams", [1, 4])
+def test_a_text_too_short_to_validate_is_refused_before_training(tmp_path, capsys, streams):
+    """One byte more is enough, and what comes out is a number."""
+    file, least = tmp_path / "short.txt", 20 * streams * 9
+    sizes = f"--seeds 0 --steps 1 --streams {streams} --length 8 --width 16 --layers 1 --generate 0".split()
+    file.write_bytes(b"x" * (least - 1))
+    with pytest.raises(ValueError, match=rf"^text: expected at least {least} bytes, .*; got {least - 1}$"):
+        main([str(file), *sizes])
+    assert capsys.readouterr().out == ""
+    file.write_bytes(b"x" * least)
+    assert main([str(file), *sizes, "--rules", "delta"]) == 0
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_too_little_validation_is_refused():
+    with pytest.raises(ValueError, match=r"^validation_bytes: expected at least 1028, .* got 1027$"):
+        training.Settings(validation_bytes=1027)
+    assert training.Settings(validation_bytes=1028).least_bytes == 1028
+    with pytest.raises(ValueError, match="^text: expected at least 26 bytes, got 25$"):
+        training.validate(ByteModel("delta", 16), np.zeros(25, np.uint8), TINY)
+
+
 def test_the_standard_library_comes_without_its_tests():
     files = text.standard_library()
     assert files == text.standard_library()

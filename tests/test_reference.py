@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import DECAYS, RULES, exact_scan, make_case
+from cases import DECAYS, RULES, exact_scan, make_case, scan
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import cases, feature_cases
@@ -239,13 +239,30 @@ def test_a_key_that_nothing_was_written_under_reads_zero(form):
     np.testing.assert_allclose(state[0, 0], [[2, 1], [7, 2], [0, 0]], rtol=1e-15)
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("qk_norm", ["sum", "l2"])
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+@pytest.mark.parametrize("length", [1.0, 45.0])
+def test_rows_of_favor_of_any_length(rule, qk_norm, eps, length):
+    """As in the library: relative to the largest feature before a norm, unless eps keeps them above 0."""
+    options = {"feature_map": ("FAVOR", 5, eps), "qk_norm": qk_norm}
+    case = make_case(rule, "scalar", B=1, T=6, K=4, V=3, dtype=np.float64, **options)
+    case = case.but(q=length * case.q, k=length * case.k)
+    for form in FORMS:
+        result = SCANS[rule](*case.inputs, **case.options, form=form)
+        for name, exact in {"oracle": exact_scan(case), "library": scan(case)}.items():
+            for x, y in zip(result, exact, strict=True):
+                assert relative_error(x, y, floor=1.0) < 1e-15 * max(100, length**2), (name, form)
+    assert result[0].any(axis=-1).all()
+
+
 def test_options_that_are_none_of_them():
     case = make_case("delta")
-    for scan in SCANS.values():
+    for one in SCANS.values():
         with pytest.raises(ValueError, match="^qk_norm: expected None, 'sum' or 'l2', got 'max'$"):
-            scan(*case.inputs, qk_norm="max")
+            one(*case.inputs, qk_norm="max")
         with pytest.raises(TypeError, match="^feature_map: expected a callable or None, got 'elu1'$"):
-            scan(*case.inputs, feature_map="elu1")
+            one(*case.inputs, feature_map="elu1")
 
 
 def test_attention_norm_of_linear_attention_is_a_weighted_mean():

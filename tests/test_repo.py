@@ -94,6 +94,16 @@ def test_the_include_check_sees(path, line):
     assert list(violations(Path(path), f"int x;\n{line}\n"))
 
 
+def test_the_arrows_and_folders_are_those_of_the_documents():
+    """The table of CONTRIBUTING.md and the layout of README.md, for every folder that there is."""
+    folders = [folder for folder in ARROWS if (ROOT / folder).is_dir()]
+    rows = re.findall(r"^\| `(.+?)` \|.*\| (.*) \|$", read(Path("CONTRIBUTING.md")), re.MULTILINE)
+    told = {folder: set(re.findall(r"`(.+?)`", cell)) for folder, cell in rows if folder in ARROWS}
+    assert told == {folder: ARROWS[folder] - {folder} | EXTRA.get(folder, set()) for folder in folders}
+    layout = read(Path("README.md")).split("## Layout")[1].split("```")[1]
+    assert set(folders) <= set(re.findall(r"^(\S+)/ ", layout, re.MULTILINE))
+
+
 def test_only_two_headers_are_public():
     public = sorted(p.name for p in project_files() if p.parts[:2] == ("cpp", "include"))
     assert public == ["fwp.h", "fwp.hpp"]

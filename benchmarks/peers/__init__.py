@@ -41,8 +41,8 @@ class Peer(NamedTuple):
     cases: str = "*"
 
     def is_asked(self, case: Case) -> bool:
-        """Whether a case concerns this participant at all; only the library is asked for half precisions."""
-        asked = case.dtype == "float32" or self.module == "ours"
+        """Whether a case concerns it at all; only the library has half precisions and feature maps."""
+        asked = (case.dtype == "float32" and not case.nu) or self.module in LIBRARY
         return asked and case.rule in self.rules and fnmatch(case.name, self.cases)
 
     def load(self) -> ModuleType:
@@ -50,12 +50,14 @@ class Peer(NamedTuple):
         return importlib.import_module(f"peers.{self.module}")
 
 
+LIBRARY = ("ours", "ours_unfused")
 OURS = "fwp_core"
 YARDSTICK = "numpy"
 PEERS = {
     OURS: Peer("ours"),
     YARDSTICK: Peer("numpy_yardsticks", ("sgemm", "copy", "add")),
     "fwp_core v3": Peer("ours", environment=(("FWP_ISA", "v3"),), cases="delta/forward/T????-H8-*"),
+    "fwp_core unfused": Peer("ours_unfused", cases="*-dpfp?/forward/*"),
     "onnxruntime": Peer("onnx_runtime"),
     "transformers": Peer("hugging_face"),
     "fla": Peer("fla_naive"),

@@ -41,18 +41,18 @@ def prepare(case: Case) -> Prepared:
 
 
 def _forward(case: Case, x: Inputs) -> Prepared:
-    out = _outputs(case, x)
-    call = partial(SCAN[case.rule], x.q, x.k, x.v, x.beta, x.g, scale=case.scale, **out)
+    out = outputs(case)
+    call = partial(SCAN[case.rule], x.q, x.k, x.v, x.beta, x.g, **options(case), **out)
     return Prepared(call, lambda: {"o": out["out"]})
 
 
 def _forward_backward(case: Case, x: Inputs) -> Prepared:
-    out = _outputs(case, x)
+    out = outputs(case)
     arrays = (x.q, x.k, x.v, x.beta, x.g, None)
     gradients = fwp.Gradients(*(None if array is None else _nan_like(array) for array in arrays))
 
     def call() -> None:
-        _, pullback = fwp.vjp(SCAN[case.rule], x.q, x.k, x.v, x.beta, x.g, scale=case.scale, **out)
+        _, pullback = fwp.vjp(SCAN[case.rule], x.q, x.k, x.v, x.beta, x.g, **options(case), **out)
         pullback(x.do, out=gradients)
 
     def results() -> dict[str, Array]:
@@ -66,13 +66,23 @@ def _nan_like(array: Array) -> Array:
     return aligned(np.broadcast_to(np.nan, array.shape), array.dtype)
 
 
-def _outputs(case: Case, x: Inputs) -> dict[str, Array]:
-    state = aligned(np.full((case.B, case.H, case.K, case.V), np.nan), "float32")
-    return {"out": _nan_like(x.v), "final_state_out": state}
+def outputs(case: Case) -> dict[str, Array]:
+    """The output and the final state as keyword arguments, full of NaN."""
+    state = aligned(np.full((case.B, case.H, case.features, case.V), np.nan), "float32")
+    return {"out": _nan_like(inputs(case).v), "final_state_out": state}
+
+
+def feature_map(case: Case) -> fwp.feature_maps.FeatureMap | None:
+    """DPFP, where the case has a map."""
+    return fwp.feature_maps.DPFP(case.nu) if case.nu else None
+
+
+def options(case: Case) -> dict[str, Any]:
+    """The keyword arguments of every call; a map comes with the paper's sum norm."""
+    return {"feature_map": feature_map(case), "qk_norm": "sum" if case.nu else None, "scale": case.scale}
 
 
 def _step(case: Case, x: Inputs) -> Prepared:
     state, o = aligned(x.state, "float32"), _nan_like(x.v)
-    options = {"state": state, "scale": case.scale, "out": o}
-    call = partial(STEP[case.rule], x.q, x.k, x.v, x.beta, x.g, **options)
+    call = partial(STEP[case.rule], x.q, x.k, x.v, x.beta, x.g, state=state, out=o, **options(case))
     return Prepared(call, lambda: {"o": o, "state": state})

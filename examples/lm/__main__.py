@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
     given = {name: value for name, value in given.items() if value is not None}
     settings = replace(QUICK if args.quick else Settings(), **given)
-    texts = read(args.files or standard_library())
+    texts = read(args.files or standard_library(), settings.least_bytes)
     source = ", ".join(map(str, args.files)) or f"standard library of Python {sys.version.split()[0]}"
     text = {"source": source, "training": len(texts[0]), "validation": len(texts[1])}
     print(f"text      {source}: {len(texts[0])} bytes, {len(texts[1])} for validation\nsettings  {settings}")

@@ -15,7 +15,7 @@ from torch import Tensor
 Bytes = npt.NDArray[np.uint8]
 
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-VALIDATION_SHARE = 0.05
+VALIDATION = 20  # one in so many bytes is for validation, the last ones
 
 
 def standard_library() -> list[Path]:
@@ -35,10 +35,18 @@ def python_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def read(files: Iterable[Path]) -> tuple[Bytes, Bytes]:
-    """All files one behind the other, a zero byte between two; the last twentieth of it is for validation."""
+def read(files: Iterable[Path], least: int = 0) -> tuple[Bytes, Bytes]:
+    """All files one behind the other, a zero byte between two; the last twentieth of it is for validation.
+
+    ValueError if that has fewer than ``least`` bytes.
+    """
     text = np.frombuffer(b"\0".join(Path(file).read_bytes() for file in files), np.uint8)
-    border = len(text) - int(len(text) * VALIDATION_SHARE)
+    border = len(text) - len(text) // VALIDATION
+    if len(text) - border < least:
+        raise ValueError(
+            f"text: expected at least {VALIDATION * least} bytes, since validation takes one in {VALIDATION} "
+            f"and needs {least}, which is streams * (length + 1); got {len(text)}"
+        )
     return text[:border], text[border:]
 
 

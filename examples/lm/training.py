@@ -33,6 +33,18 @@ class Settings:
     rate: float = 3e-3
     validation_bytes: int = 131072
 
+    def __post_init__(self) -> None:
+        if self.validation_bytes < self.least_bytes:
+            raise ValueError(
+                f"validation_bytes: expected at least {self.least_bytes}, a segment for each stream, "
+                f"got {self.validation_bytes}"
+            )
+
+    @property
+    def least_bytes(self) -> int:
+        """Of a text that is read in streams and segments: one segment each, and the byte before it."""
+        return self.streams * (self.length + 1)
+
     @property
     def bytes_per_step(self) -> int:
         return self.streams * self.length
@@ -108,7 +120,7 @@ def validate(model: ByteModel, text: Bytes, settings: Settings) -> float:
     """Bits per byte over the first ``validation_bytes`` of a text, in streams and segments as in training."""
     text = text[: settings.validation_bytes]
     states, losses = model.initial(settings.streams), []
-    count = (len(text) // settings.streams - 1) // settings.length
+    count = max(1, (len(text) // settings.streams - 1) // settings.length)  # too short a text is an error
     for piece in islice(segments(text, settings.streams, settings.length), count):
         loss, states = loss_of(model, piece, states)
         losses.append(loss.item())

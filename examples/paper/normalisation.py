@@ -12,6 +12,9 @@ phi the key's features, n = |phi|^2, z from before the step, and v~ what the key
                                              beta n without attention normalisation
     balance             sum(phi) / s         weight on old columns over weight on the new value; sum(phi)
                                              without attention normalisation, which sum normalisation makes 1
+
+Without any normalisation the rule is stable only where beta n stays below 2, as for keys of length about 1;
+under a map n is 30 and more, and the state overflows within some dozen writes.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from figures import STYLE, plt, save
+from figures import GREY, STYLE, plt
 from tqdm import tqdm
 
 import fwp_core as fwp
@@ -31,48 +34,68 @@ HERE = Path(__file__).parent
 SIZE = 64  # of keys and values
 PROBES = ("contrast", "accumulator", "write_strength", "balance", "state_norm")
 OVERFLOW = 1e30  # a state as large as this is called diverged
+SINGLE_WRITES = 200  # of repeated pairs, drawn one by one
+
+COLOURS = {"no map": "#222222", "ELU+1": "#c44e52", "DPFP-1": "#2a6f97", "DPFP-3": "#7fb2d0"}
+LINES = {"none": ":", "L2": "-", "sum": "-", "attention": "--", "sum + attention": "-."}
 
 
 @dataclass(frozen=True)
 class SetUp:
-    label: str
+    """A feature map and a normalisation, by their names; keys are Gaussian of this size per number."""
+
+    map_name: str
+    normalisation: str
     feature_map: maps.FeatureMap | None
-    qk_norm: str | None = None
-    attention_norm: bool = False
+    key_size: float = 1.0
+
+    @property
+    def label(self):
+        return f"{self.map_name}, {self.normalisation}" + (", |k|² ≈ 1" if self.key_size < 1 else "")
 
     @property
     def options(self):
-        names = ("feature_map", "qk_norm", "attention_norm")
-        return {name: getattr(self, name) for name in names}
+        norms = {"L2": "l2", "sum": "sum", "sum + attention": "sum"}
+        return {
+            "feature_map": self.feature_map,
+            "qk_norm": norms.get(self.normalisation),
+            "attention_norm": "attention" in self.normalisation,
+        }
 
 
 SET_UPS = [
-    SetUp("ELU+1", maps.ELU1()),
-    SetUp("no map, L2", None, "l2"),
-    SetUp("DPFP-1, sum", maps.DPFP(1), "sum"),
-    SetUp("DPFP-3, sum", maps.DPFP(3), "sum"),
-    SetUp("ELU+1, sum", maps.ELU1(), "sum"),
-    SetUp("DPFP-1, attention", maps.DPFP(1), attention_norm=True),
-    SetUp("ELU+1, attention", maps.ELU1(), attention_norm=True),
-    SetUp("DPFP-1, sum + attention", maps.DPFP(1), "sum", attention_norm=True),
-    SetUp("ELU+1, sum + attention", maps.ELU1(), "sum", attention_norm=True),
+    SetUp("no map", "none", None, key_size=SIZE**-0.5),
+    SetUp("DPFP-1", "none", maps.DPFP(1)),
+    SetUp("ELU+1", "none", maps.ELU1()),
+    SetUp("no map", "L2", None),
+    SetUp("DPFP-1", "sum", maps.DPFP(1)),
+    SetUp("DPFP-3", "sum", maps.DPFP(3)),
+    SetUp("ELU+1", "sum", maps.ELU1()),
+    SetUp("DPFP-1", "attention", maps.DPFP(1)),
+    SetUp("ELU+1", "attention", maps.ELU1()),
+    SetUp("DPFP-1", "sum + attention", maps.DPFP(1)),
+    SetUp("ELU+1", "sum + attention", maps.ELU1()),
 ]
 
 
 def trace(set_up, keys, values, beta):
     """The probes of the delta rule over keys, values [T,n]: {name: [T]}, cut where the state diverges."""
-    k, v = keys[None, :, None], values[None, :, None]
+    k, v = set_up.key_size * keys[None, :, None], values[None, :, None]
     d = fwp.diagnose(fwp.delta_rule, k, k, v, np.full(k.shape[:3], beta), **set_up.options)
     length = np.count_nonzero(np.logical_and.accumulate(d.state_norm[0, :, 0] < OVERFLOW))
     return {name: getattr(d, name)[0, :length, 0] for name in PROBES}
 
 
 def repeated_pairs(set_up, pairs, sweeps, seed=0):
-    """Mean contrast of each sweep over fixed pairs, beta = 1; after `sweeps` of them all values are new."""
+    """Contrast at each write of fixed pairs, beta = 1; after `sweeps` of them all values are new."""
     rng = np.random.default_rng(seed)
     keys, old, new = rng.standard_normal((3, pairs, SIZE))
     values = np.concatenate([np.tile(old, (sweeps, 1)), np.tile(new, (sweeps, 1))])
-    contrast = trace(set_up, np.tile(keys, (2 * sweeps, 1)), values, beta=1.0)["contrast"]
+    return trace(set_up, np.tile(keys, (2 * sweeps, 1)), values, beta=1.0)["contrast"]
+
+
+def by_sweep(contrast, pairs):
+    """The mean over each whole sweep."""
     whole = len(contrast) // pairs * pairs
     return contrast[:whole].reshape(-1, pairs).mean(axis=1)
 
@@ -103,30 +126,44 @@ def smooth(x):
     return np.where(counted > 0, np.exp(mean), np.nan)
 
 
-def draw(path, contrasts, grown):
+def draw(path, contrasts, grown, pairs, sweeps):
+    means = {label: by_sweep(x, pairs) for label, x in contrasts.items()}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(15.5, 8), layout="constrained")
+        figure, axes = plt.subplots(2, 4, figsize=(19, 8.5), layout="constrained")
         figure.suptitle(
-            "Delta rule: contrast of 16 pairs shown again and again, and growth over random pairs"
+            f"Delta rule: contrast |v - v~| / |v| of {pairs} pairs shown again and again (above), "
+            "and growth over random pairs (below)",
+            weight="bold",
         )
-        sweeps = max(map(len, contrasts.values())) // 2
-        draw_lines(axes[0, 0], {label: x[:sweeps] for label, x in contrasts.items()})
-        draw_lines(axes[0, 1], {label: x[sweeps:] for label, x in contrasts.items()})
-        panels = {
-            "accumulator": "Accumulator: what a read is divided by, s = z.φ(k)",
-            "balance": "Weight on what is removed / weight on what is written",
-            "write_strength": "Share of the new value in what its key reads",
-            "state_norm": "Size of the fast weight",
-        }
-        for panel, name in zip(axes.flat[2:], panels, strict=True):
-            draw_lines(panel, {label: smooth(x[name]) for label, x in grown.items() if shown(label, name)})
-            panel.set(title=panels[name], xlabel="step", yscale="log")
-        axes[1, 2].set_ylim(top=1e4)
-        for panel, title in zip(
-            axes[0, :2], ("Contrast |v - v~| / |v|", "The same, after all values are new"), strict=True
-        ):
-            panel.set(title=title, xlabel="sweep over the pairs", ylim=(-0.03, 1.6))
-        save(figure, axes.flat, path)
+        draw_contrasts(axes[0], contrasts, means, pairs, sweeps)
+        draw_growth(axes[1], grown)
+        legend_into(axes[0, 3], axes.flat)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def draw_contrasts(axes, contrasts, means, pairs, sweeps):
+    draw_lines(axes[0], {label: x[:SINGLE_WRITES] for label, x in contrasts.items()})
+    draw_lines(axes[1], {label: x[:sweeps] for label, x in means.items()})
+    draw_lines(axes[2], {label: x[sweeps:] for label, x in means.items() if len(x) > sweeps})
+    axes[0].axvline(pairs, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+    axes[0].set(
+        title="At each write (dotted: first sweep)", xlabel="write", yscale="log", ylim=(1e-3, OVERFLOW)
+    )
+    axes[1].set(title="Mean of each sweep", xlabel="sweep over the pairs", ylim=(-0.03, 1.6))
+    axes[2].set(title="The same, after all values are new", xlabel="sweep over the pairs", ylim=(-0.03, 1.6))
+
+
+def draw_growth(axes, grown):
+    panels = {
+        "accumulator": "Accumulator: what a read is divided by, s = z.φ(k)",
+        "balance": "Weight on what is removed / on what is written",
+        "write_strength": "Share of the new value in what its key reads",
+        "state_norm": "Size of the fast weight",
+    }
+    for panel, (name, title) in zip(axes, panels.items(), strict=True):
+        draw_lines(panel, {label: smooth(x[name]) for label, x in grown.items() if shown(label, name)})
+        panel.set(title=title, xlabel="step", yscale="log")
 
 
 def shown(label, name):
@@ -135,28 +172,51 @@ def shown(label, name):
 
 
 def draw_lines(axes, lines):
-    for i, set_up in enumerate(SET_UPS):
-        if (y := lines.get(set_up.label)) is not None:
-            style = "--" if "+ attention" in set_up.label else "-"
-            colour = plt.get_cmap("tab10")(i)
-            axes.semilogx(np.arange(1, len(y) + 1), y, style, color=colour, label=set_up.label, linewidth=1.5)
+    """A line over steps for each set-up; a cross where it ends, since its state has diverged."""
+    longest = max(map(len, lines.values()))
+    for set_up in SET_UPS:
+        if (y := lines.get(set_up.label)) is None or not len(y):
+            continue
+        line = {"color": COLOURS[set_up.map_name], "linestyle": LINES[set_up.normalisation], "linewidth": 1.5}
+        axes.semilogx(np.arange(1, len(y) + 1), y, label=set_up.label, **line)
+        if len(y) < longest:
+            axes.plot(len(y), y[-1], "x", color=line["color"], markersize=7)
 
 
-def summary(contrasts, grown, sweeps, steps):
+def legend_into(axes, panels):
+    """One legend for all panels, in the order of the set-ups."""
+    lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
+    labels = [set_up.label for set_up in SET_UPS]
+    axes.legend(
+        [lines[label] for label in labels], labels, loc="center left", frameon=False, handlelength=3.5
+    )
+    axes.set_axis_off()
+    axes.set_title("x  the state has diverged, beyond 1e30")
+
+
+def summary(contrasts, grown, pairs, sweeps, steps):
     """What results/normalisation.json holds: figures at powers of four, None where a set-up has diverged."""
 
     def at(x, i):
         return float(x[i - 1]) if i <= len(x) and np.isfinite(x[i - 1]) else None
 
+    def diverged_at(x, count):
+        return len(x) + 1 if len(x) < count else None
+
     sizes = [4**n for n in range(8)]
     return {
         "contrast": {
-            label: {"sweep": {i: at(x, i) for i in sizes if i <= sweeps}, "new_values": at(x, 2 * sweeps)}
+            label: {
+                "diverged_at": diverged_at(x, 2 * sweeps * pairs),
+                "write": {i: at(x, i) for i in sizes if i <= SINGLE_WRITES},
+                "sweep": {i: at(by_sweep(x, pairs), i) for i in sizes if i <= sweeps},
+                "new_values": at(by_sweep(x, pairs), 2 * sweeps),
+            }
             for label, x in contrasts.items()
         },
         "growth": {
             label: {
-                "diverged_at": len(m["balance"]) + 1 if len(m["balance"]) < steps else None,
+                "diverged_at": diverged_at(m["balance"], steps),
                 "slope_of_s": slope(m["accumulator"]) if "attention" in label else None,
                 **{name: {i: at(smooth(x), i) for i in sizes if i <= len(x)} for name, x in m.items()},
             }
@@ -177,9 +237,9 @@ def main(argv=None):
         grown[set_up.label] = growth(set_up, steps)
     arguments.results.mkdir(parents=True, exist_ok=True)
     name = "normalisation-quick" if arguments.quick else "normalisation"
-    text = json.dumps(summary(contrasts, grown, sweeps, steps), indent=1)
+    text = json.dumps(summary(contrasts, grown, pairs, sweeps, steps), indent=1, ensure_ascii=False)
     (arguments.results / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    draw(arguments.results / f"{name}.png", contrasts, grown)
+    draw(arguments.results / f"{name}.png", contrasts, grown, pairs, sweeps)
 
 
 if __name__ == "__main__":

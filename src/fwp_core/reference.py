@@ -36,6 +36,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .feature_maps import FAVOR
+
 __all__ = ["delta_rule", "fwm_rule", "fwp_1991", "linear_attention", "softmax_attention"]
 
 Array = npt.NDArray[Any]
@@ -93,7 +95,9 @@ def linear_attention(
         Applied to q [B,T,Hq,K_in] and k [B,T,Hk,K_in] in float64 (complex where they are); it maps the last
         axis to K features. An object of ``fwp_core.feature_maps``, or any function.
     qk_norm : {None, "sum", "l2"}
-        Divide each q and k by its sum, or by its length, after the feature map; what has none becomes 0.
+        Divide each q and k by its sum, or by its length, after the feature map; what has none becomes 0. The
+        features of ``FAVOR`` with eps 0 are taken relative to the largest of the row, as in the library: the
+        norm divides that out, and exp(-|x|^2/2) cannot underflow.
     attention_norm, eps
         Divide by z.k + eps and by z.q + eps. States are then [N,H,K,V+1], with z last.
     form : {"recurrence", "attention"}
@@ -456,9 +460,22 @@ def _features(
     if qk_norm not in norms:
         raise ValueError(f"qk_norm: expected None, 'sum' or 'l2', got {qk_norm!r}")
     q, k = _real_or_complex(q), _real_or_complex(k)
+    if isinstance(feature_map, FAVOR) and feature_map.eps == 0 and qk_norm is not None:
+        feature_map = _relative_favor(feature_map.projection)
     if feature_map is not None:
         q, k = feature_map(q), feature_map(k)
     return norms[qk_norm](q), norms[qk_norm](k)
+
+
+def _relative_favor(projection: Array) -> Map:
+    """FAVOR's features, each row divided by its largest, whatever the length of x."""
+
+    def features(x: Array) -> Array:
+        exponents = np.concatenate([x @ projection.T, -x @ projection.T], axis=-1)
+        relative: Array = np.exp(exponents - exponents.real.max(axis=-1, keepdims=True))
+        return relative
+
+    return features
 
 
 def _run(

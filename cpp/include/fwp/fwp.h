@@ -122,7 +122,9 @@ FWP_API const char* fwp_last_error(void) FWP_NOEXCEPT;
  *     DPFP      r_i r_{i-j mod 2n}, j = 1..nu, i = 0..2n-1, r = [max(x,0); max(-x,0)]  K = 2 n nu, 1 <= nu <= 2n - 1
  *     FAVOR     [exp(R x - |x|^2/2) + eps; exp(-R x - |x|^2/2) + eps] / sqrt(2m)     K = 2m
  *
- * R is projection [m,n], of the dtype of states, read at every call. Fields that a map does not name are ignored. */
+ * R is projection [m,n], of the dtype of states, read at every call. Before a norm, with eps 0, the rows of FAVOR are
+ * taken relative to their largest feature, which the norm divides out, so that none underflows. Fields that a map does
+ * not name are ignored. */
 enum { FWP_MAP_RELU = 1, FWP_MAP_ELU1 = 2, FWP_MAP_SOFTMAX = 3, FWP_MAP_DPFP = 4, FWP_MAP_FAVOR = 5 };
 typedef struct fwp_feature_map {
   size_t struct_size;
