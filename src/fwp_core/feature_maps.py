@@ -168,8 +168,8 @@ class FAVOR(FeatureMap):
     Parameters
     ----------
     projection : ndarray [m, n]
-        The directions R, float32 (float64 where x is). They are read at every call, where they are; only
-        those whose last axis is not contiguous are copied, once. See :func:`orthogonal_gaussian`.
+        The directions R, float32 (float64 where x is). They are read at every call, where they are; those
+        whose last axis is not contiguous, and arrays of others than NumPy, are copied, once. See :func:`orthogonal_gaussian`.
     eps : float
         Added to every exponential, so that no row of features is all zero.
     """
@@ -178,7 +178,7 @@ class FAVOR(FeatureMap):
 
     def __init__(self, projection: Array, eps: float = 0.0) -> None:
         if projection is None:
-            raise DTypeError("projection: expected a numpy.ndarray, got None")
+            raise DTypeError("projection: expected an array, got None")
         if isinstance(eps, bool) or not isinstance(eps, (float, int, np.floating, np.integer)):
             raise DTypeError(f"eps: expected a number, got {type(eps).__name__}")
         if not 0 <= eps < np.inf:
