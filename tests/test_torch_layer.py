@@ -1,10 +1,14 @@
 """FastWeightAttention: one recurrence however it is cut into calls, and a module like any other."""
 
 import copy
+import doctest
 import gc
+import importlib.util
 import pickle
+import re
 import weakref
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ torch = pytest.importorskip("torch")
 
 FastWeightAttention, FastWeightState = fwp.torch.FastWeightAttention, fwp.torch.FastWeightState
 
+ROOT = Path(__file__).parents[1]
 D = 16
 KINDS = {
     "delta": {},
@@ -307,6 +312,35 @@ def test_several_layers_learn():
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+# What is written about it.
+
+
+def test_the_page_of_the_documentation():
+    """Its code runs, in order, and its assertions hold."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    page = ROOT / "docs" / "torch.md"
+    if not page.exists():
+        pytest.skip("not a checkout")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    exec(compile("".join(blocks), str(page), "exec"), {})
+
+
+def test_the_docstring():
+    module = importlib.import_module("fwp_core.adapters.torch_layer")
+    assert doctest.testmod(module) == (0, 5)
+
+
+def test_the_example_learns():
+    spec = importlib.util.spec_from_file_location("torch_training", ROOT / "examples" / "torch_training.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    right = example.train(120)
+    assert np.mean(right[:5]) < 0.3
+    assert np.mean(right[-10:]) > 0.9
 
 
 # Errors.
