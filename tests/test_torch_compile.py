@@ -13,7 +13,6 @@ import fwp_core as fwp
 
 torch = pytest.importorskip("torch")
 
-
 VARIANTS = {
     "linear": {"rule": "linear", "beta": False, "state": False},
     "linear, grouped": {"rule": "linear", "decay": "channel", "heads": (1, 2, 4)},
@@ -142,7 +141,9 @@ def test_another_map_is_another_graph():
 
 def test_one_graph_for_all_lengths():
     """T and the lengths of packed sequences are data where T is marked as dynamic."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(
         lambda q, k, v, beta, lengths: SCAN["delta"](q, k, v, beta, cu_seqlens=lengths),
         fullgraph=True,
