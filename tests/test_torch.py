@@ -1,8 +1,10 @@
 """The functions of the library on torch tensors: the values that NumPy arrays get, and what is refused."""
 
 import gc
+import importlib.util
 import weakref
 from itertools import pairwise
+from pathlib import Path
 
 import cases as numpy_cases
 import numpy as np
@@ -321,6 +323,22 @@ def test_no_checkpoints_without_gradients(monkeypatch):
     assert kept == [None, None]
     scan(case, inputs)
     assert kept[2] == fwp.isa()
+
+
+# What a call costs is measured, not asserted.
+
+
+def test_the_benchmark_of_calls(capsys):
+    path = Path(__file__).parents[1] / "benchmarks" / "torch_call.py"
+    spec = importlib.util.spec_from_file_location("torch_call", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    threads = torch.get_num_threads()
+    benchmark.main(["--calls", "10"])
+    torch.set_num_threads(threads)
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 10
+    assert all(float(row.split()[-2]) > 0 for row in rows)
 
 
 # Errors.
