@@ -9,12 +9,12 @@ function, and all of them are differentiable. The rules that hold for every func
 - q, k are [B,T,H,K] and v is [B,T,HV,V], of one dtype; HV is a multiple of H. o has their dtype, all sums
   and the states are float32 (float64 for float64). Gates and strengths may have another dtype.
 - ``scale`` is 1 / sqrt(K) unless given.
-- ``initial_state`` is [N,HV,K,V], [N,HV,V,K] with ``state_v_first``; N is B, or with ``cu_seqlens`` (B = 1) the
-  number of packed sequences. The final state has that shape; it is None unless ``output_final_state``.
+- ``initial_state`` is [N,HV,K,V], [N,HV,V,K] with ``state_v_first``; N is B, or with ``cu_seqlens`` (B = 1)
+  the number of packed sequences. The final state has that shape; it is None unless ``output_final_state``.
 - ``use_qk_l2norm_in_kernel`` divides rows x of q and k by sqrt(\\|x\\|^2 + 1e-6).
 - ``use_gate_in_kernel``: the log decay is -exp(A_log) softplus(g + dt_bias), or with ``lower_bound`` it is
-  lower_bound sigmoid(exp(A_log) (g + dt_bias)). ``use_beta_sigmoid_in_kernel``: the strength is sigmoid(beta),
-  doubled with ``allow_neg_eigval``.
+  lower_bound sigmoid(exp(A_log) (g + dt_bias)). ``use_beta_sigmoid_in_kernel``: the strength is
+  sigmoid(beta), doubled with ``allow_neg_eigval``.
 - Gates of value channels (``gv``, or beta [B,T,HV,V]) make every value channel a head of its own: exact, and
   slower; together with gates of key channels in memory of B T HV K V numbers.
 - What only concerns how a GPU computes has no effect: ``chunk_size``, ``chunk_indices``, ``cu_seqlens_cpu``,
@@ -327,9 +327,8 @@ def fused_recurrent_linear_attn(
 ) -> tuple[Tensor, State | tuple[State, Tensor]]:
     """Run linear attention.
 
-    ``normalize`` divides o by scale q.z + 1e-10, z the sum of the keys so far (the output is 0 where q.z = 0);
-    the states, the first (its second part may be absent) and the last, are then pairs of S and z [N,1,H,K], of
-    which z is returned always.
+    ``normalize`` divides o by scale q.z + 1e-10, z the sum of the keys so far (o is 0 where q.z = 0); the
+    first state may then be a pair of S and z [N,1,H,K], and the last is one, of which z is always there.
     """
     if not normalize:
         if isinstance(initial_state, tuple):
@@ -510,7 +509,7 @@ def fused_recurrent_gla(
     cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> Result:
-    """Run gated linear attention with decays gk [B,T,H,K] of key channels and gv [B,T,H,V] of value channels."""
+    """Run gated linear attention with decays gk [B,T,H,K] of keys' and gv [B,T,H,V] of values' channels."""
     return _run(
         linear_attention,
         _Inputs(q, k, v, g=gk, gv=gv),
@@ -589,7 +588,7 @@ def _scan(
 
 def _scan_reversed(scan: _Scan, x: _Inputs, state: State, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """From the last token to the first: time is turned around, of packed sequences their order with it."""
-    x = _Inputs(*(t if t is None else t.flip(1) for t in x))
+    x = _Inputs._make(t if t is None else t.flip(1) for t in x)
     if cu_seqlens is None:
         o, final_state = scan(x, state, None)
         return o.flip(1), final_state
@@ -616,7 +615,8 @@ def _scan_value_channels(
     if state is not None:
         state = state.transpose(2, 3).flatten(1, 2).unsqueeze(3)
     o, final_state = scan(inputs, state, cu_seqlens)
-    return o.squeeze(3).unflatten(2, (H, V)), final_state.squeeze(3).unflatten(1, (H, V)).transpose(2, 3)
+    N, _, K, _ = final_state.shape
+    return o.reshape(x.v.shape), final_state.reshape(N, H, V, K).transpose(2, 3)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -627,7 +627,7 @@ def _wide(x: Tensor) -> torch.dtype:
 def _l2norm(x: Tensor) -> Tensor:
     wide = x.to(_wide(x))
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide * (length * length + _NORM_EPS).rsqrt()).to(x.dtype)
+    return torch.mul(wide, (length * length + _NORM_EPS).rsqrt()).to(x.dtype)
 
 
 def _sum(gate: State, other: State) -> State:

@@ -1,4 +1,4 @@
-"""The operator LinearAttention of ONNX (operator set 27): four update rules, packed heads, grouped queries."""
+"""The operator LinearAttention of ONNX, operator set 27: four update rules, packed heads, grouped queries."""
 
 from __future__ import annotations
 

@@ -4,10 +4,10 @@
 >>> patch()  # doctest: +SKIP
 ('transformers.models.qwen3_next.modeling_qwen3_next', ...)
 
-Models with a gated delta rule or Kimi Delta Attention call two functions of their own module: one for sequences,
-in prefill and training, and one for a token, in decoding. :func:`patch` puts this library in their place. Layers
-look the functions up by name whenever they run, so it makes no difference whether a model was made before or
-after, and nothing of the model changes.
+Models with a gated delta rule or Kimi Delta Attention call two functions of their own module: one for
+sequences, in prefill and training, and one for a token, in decoding. :func:`patch` puts this library in their
+place. Layers look the functions up by name whenever they run, so it makes no difference whether a model was
+made before or after, and nothing of the model changes.
 
 Calls on CPU tensors are computed here, those on any other device by the function that was there before.
 """
