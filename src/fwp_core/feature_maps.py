@@ -10,7 +10,7 @@ Formulas and references: Schlag, Irie, Schmidhuber 2021, arXiv 2102.11174, secti
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -35,10 +35,29 @@ def _integer(name: str, value: int, least: int) -> int:
     return int(value)
 
 
+class Parameters(NamedTuple):
+    """A feature map as plain data."""
+
+    kind: int  # FWP_MAP_... of fwp.h
+    nu: int = 0
+    eps: float = 0.0
+    projection: Any = None  # [m,n]
+
+    def dim(self, n: int) -> int:
+        """Return the number of features of a row of size ``n``."""
+        if self.kind == _FAVOR:
+            return 2 * int(self.projection.shape[0])
+        return 2 * n * self.nu if self.kind == _DPFP else n
+
+
 class FeatureMap(_core.FeatureMap):
     """What all feature maps can do; see the maps themselves."""
 
-    __slots__ = ()
+    __slots__ = ("_parameters",)  # where a tracing compiler can read them
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(*parameters)
+        self._parameters = parameters
 
     def dim(self, n: int) -> int:
         """Return the number of features of a row of size ``n``."""
@@ -97,7 +116,7 @@ class ReLU(FeatureMap):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(_RELU, 0, 0.0, None)
+        super().__init__(Parameters(_RELU))
 
 
 class ELU1(FeatureMap):
@@ -109,7 +128,7 @@ class ELU1(FeatureMap):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(_ELU1, 0, 0.0, None)
+        super().__init__(Parameters(_ELU1))
 
 
 class Softmax(FeatureMap):
@@ -118,7 +137,7 @@ class Softmax(FeatureMap):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(_SOFTMAX, 0, 0.0, None)
+        super().__init__(Parameters(_SOFTMAX))
 
 
 class DPFP(FeatureMap):
@@ -137,7 +156,7 @@ class DPFP(FeatureMap):
     __slots__ = ()
 
     def __init__(self, nu: int = 1) -> None:
-        super().__init__(_DPFP, _integer("nu", nu, 1), 0.0, None)
+        super().__init__(Parameters(_DPFP, nu=_integer("nu", nu, 1)))
 
     @property
     def nu(self) -> int:
@@ -179,7 +198,7 @@ class FAVOR(FeatureMap):
             raise DTypeError(f"eps: expected a number, got {type(eps).__name__}")
         if not 0 <= eps < np.inf:
             raise ArgumentError(f"eps: expected a finite number of 0 or more, got {eps}")
-        super().__init__(_FAVOR, 0, float(eps), projection)
+        super().__init__(Parameters(_FAVOR, eps=float(eps), projection=projection))
         shape, dtype = self.projection.shape, self.projection.dtype
         if dtype not in _PROJECTION_DTYPES:
             raise DTypeError(f"projection: expected dtype float32 or float64, got {dtype}")

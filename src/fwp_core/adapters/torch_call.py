@@ -1,0 +1,114 @@
+"""One call of a scan on torch tensors: its options, and the kernels for it. Nothing here is differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _core
+from ..feature_maps import FeatureMap, Parameters
+
+KERNELS = {
+    "linear_attention": (_core.linear_attention, _core.linear_attention_backward),
+    "delta_rule": (_core.delta_rule, _core.delta_rule_backward),
+}
+Inputs = tuple[Tensor | None, ...]  # q, k, v, beta, g, initial_state
+
+
+def run(kernel: Callable[..., Any], *arguments: Any) -> Any:
+    import ml_dtypes
+    import numpy as np
+
+    def numpy(x: Any) -> Any:
+        if type(x) is tuple and any(isinstance(y, Tensor) for y in x):
+            return tuple(map(numpy, x))
+        if not isinstance(x, Tensor):
+            return x
+        x = x.detach()
+        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+
+    def tensor(x: Any) -> Any:
+        if type(x) is tuple:
+            return tuple(map(tensor, x))
+        if not isinstance(x, np.ndarray):
+            return x
+        if x.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(x)
+
+    return tensor(kernel(*map(numpy, arguments)))
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The options of a scan, with the name of its function."""
+
+    rule: str
+    feature_map: FeatureMap | None
+    qk_norm: str | None
+    attention_norm: bool
+    eps: float
+    scale: float
+    cu_seqlens: Sequence[int] | None
+    level: str | None = None  # the instruction set level that checkpoints are kept for, None: none are kept
+
+    def forward(
+        self, inputs: Inputs, out: Tensor | None = None, final_state_out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return o, final_state, and checkpoints for backward, no elements where there are none."""
+        *arrays, initial_state = inputs
+        keep = self.level is not None
+        outputs = initial_state, self.cu_seqlens, out, final_state_out, keep
+        o, final_state, checkpoints = run(KERNELS[self.rule][0], *arrays, *self._options(), *outputs)
+        if checkpoints is None or _core.isa() != self.level:  # switched by another thread meanwhile
+            checkpoints = final_state.new_empty(0)
+        return o, final_state, checkpoints
+
+    def backward(
+        self, do: Tensor | None, dfinal_state: Tensor | None, checkpoints: Tensor | None, inputs: Inputs
+    ) -> tuple[Tensor, ...]:
+        """Return the gradients of those inputs that are there; None among the incoming gradients is zero."""
+        if do is None:
+            do = self._no_gradient(inputs)
+        if checkpoints is not None and (not checkpoints.numel() or _core.isa() != self.level):
+            checkpoints = None
+        *arrays, initial_state = inputs
+        gradients = run(
+            KERNELS[self.rule][1],
+            *(do, *arrays, dfinal_state, None),
+            *self._options(),
+            *(initial_state, self.cu_seqlens, checkpoints),
+        )
+        return tuple(x for x in gradients if x is not None)
+
+    def repeated(self, count: int, tokens: int) -> Call:
+        """The call for ``count`` times the sequences: one behind the other if they are packed."""
+        if self.cu_seqlens is None:
+            return self
+        ends = [n * tokens + end for n in range(count) for end in self.cu_seqlens[1:]]
+        return replace(self, cu_seqlens=(0, *ends))
+
+    def _options(self) -> tuple[Any, ...]:
+        return self.feature_map, self.qk_norm, self.attention_norm, self.eps, self.scale
+
+    def _no_gradient(self, inputs: Inputs) -> Tensor:
+        q, k, v = inputs[:3]
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        heads = max(x.shape[2] for x in (q, k, v))
+        return v.new_zeros(v.shape[3:]).expand(*v.shape[:2], heads, v.shape[3])
+
+
+def parameters(feature_map: FeatureMap | None) -> Parameters | None:
+    """The map as data, its projection a tensor."""
+    if feature_map is None:
+        return None
+    data = feature_map._parameters
+    if data.projection is None or isinstance(data.projection, Tensor):
+        return data
+    return data._replace(projection=torch.from_numpy(data.projection))
