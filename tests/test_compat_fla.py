@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +29,7 @@ DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: 
 # Signatures
 
 
+@cache
 def installed_functions():
     """Signatures of the installed fla from its sources: it may only be imported where there is Triton."""
     spec = importlib.util.find_spec("fla")
