@@ -1,5 +1,23 @@
 """The library on torch tensors: differentiable scans, plain calls for the rest, and a layer for models."""
 
-from .adapters.torch import delta_rule, linear_attention
+from .adapters.torch import (
+    delta_rule,
+    delta_rule_backward,
+    delta_rule_step,
+    diagnose,
+    linear_attention,
+    linear_attention_backward,
+    linear_attention_step,
+    vjp,
+)
 
-__all__ = ["delta_rule", "linear_attention"]
+__all__ = [
+    "delta_rule",
+    "delta_rule_backward",
+    "delta_rule_step",
+    "diagnose",
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_step",
+    "vjp",
+]

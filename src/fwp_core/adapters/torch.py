@@ -6,23 +6,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
-from .. import _core
-from .._core import DeviceError, DTypeError, UnsupportedError
+from .. import _core, diagnostics, ops
+from .._core import ArgumentError, DeviceError, DTypeError, UnsupportedError
 from ..feature_maps import FeatureMap
-from ..ops import QKNorm
+from ..ops import Gradients, QKNorm
 from . import torch_ops
 from .torch_autograd import Scan, refuse_forward_mode
-from .torch_call import Call, parameters
+from .torch_call import STEPS, Call, parameters, run
 
-Integers = Sequence[int] | Tensor | Any  # or a NumPy array
-_NAMES = ("q", "k", "v", "beta", "g", "initial_state")
+Integers: TypeAlias = Any  # a sequence, or an array of any framework
+Pullback: TypeAlias = Callable[..., Gradients]
+
+_INPUTS = ("q", "k", "v", "beta", "g", "initial_state")
+_GRADIENTS = tuple(f"out.{name}" for name in Gradients._fields)
 
 
 def delta_rule(
@@ -42,7 +46,40 @@ def delta_rule(
     out: Tensor | None = None,
     final_state_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`fwp_core.delta_rule` on tensors, differentiable."""
+    """Run the delta rule over time, as :func:`fwp_core.delta_rule` does, differentiable.
+
+    Parameters
+    ----------
+    q, k, v, beta, g, initial_state : Tensor
+        As there. Gradients flow to all six, of any order, in reverse mode; those of the first order are exact
+        and cost what :func:`fwp_core.vjp` costs. Higher ones walk over the tokens in operations of torch, and
+        take memory for all states. Under ``torch.autocast`` q, k and v are taken in its dtype, as for a matrix
+        product, and beta, g and initial_state in float32; float64 stays.
+    feature_map, qk_norm, attention_norm, eps, scale
+        As there. Under ``torch.compile`` the map is to be made outside the compiled function. The projection
+        of FAVOR, a tensor or a NumPy array, gets no gradient; a tensor that requires one is an error.
+    cu_seqlens : sequence of N+1 integers, or integer array of any framework, optional
+        As there. ``torch.compile`` makes a new graph for another N, not for other lengths in a tensor.
+    out, final_state_out : Tensor, optional
+        As there, where no input requires a gradient; not under ``torch.compile``.
+
+    Returns
+    -------
+    o, final_state : Tensor
+        As there; both are differentiable.
+
+    Raises
+    ------
+    ShapeError, DTypeError, ArgumentError, DeviceError
+        As there. Subclasses of Tensor, fake and meta tensors, and arrays of other frameworks are refused.
+    UnsupportedError
+        For forward-mode derivatives, tensors that are sparse, and ``out`` with gradients.
+
+    Notes
+    -----
+    ``torch.func.vmap`` folds its axis into B, or, for packed sequences, into T: one call of the kernel.
+    Inputs must not be changed in place before backward, which raises RuntimeError then.
+    """
     options = ("delta_rule", feature_map, qk_norm, attention_norm, eps, scale)
     return _scan((q, k, v, beta, g, initial_state), options, cu_seqlens, out, final_state_out)
 
@@ -64,31 +101,240 @@ def linear_attention(
     out: Tensor | None = None,
     final_state_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`fwp_core.linear_attention` on tensors, differentiable."""
+    """Run linear attention over time, as :func:`fwp_core.linear_attention` does, differentiable.
+
+    Parameters, results and errors are those of :func:`delta_rule`; ``beta`` may be None.
+    """
     options = ("linear_attention", feature_map, qk_norm, attention_norm, eps, scale)
     return _scan((q, k, v, beta, g, initial_state), options, cu_seqlens, out, final_state_out)
 
 
+def delta_rule_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    dfinal_state: Tensor | None = None,
+    out: Gradients | None = None,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Integers | None = None,
+) -> Gradients:
+    """Return the gradients of :func:`delta_rule`, not differentiable; see :func:`fwp_core.delta_rule_backward`.
+
+    Tensors that require a gradient are an UnsupportedError while grad mode is on.
+    """
+    options = ("delta_rule", feature_map, qk_norm, attention_norm, eps, scale)
+    return _backward((q, k, v, beta, g, initial_state), options, cu_seqlens, do, dfinal_state, out)
+
+
+def linear_attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None = None,
+    g: Tensor | None = None,
+    *,
+    dfinal_state: Tensor | None = None,
+    out: Gradients | None = None,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Integers | None = None,
+) -> Gradients:
+    """Return the gradients of :func:`linear_attention`, as :func:`delta_rule_backward` those of its rule."""
+    options = ("linear_attention", feature_map, qk_norm, attention_norm, eps, scale)
+    return _backward((q, k, v, beta, g, initial_state), options, cu_seqlens, do, dfinal_state, out)
+
+
+def vjp(
+    fn: Callable[..., tuple[Any, Any]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None = None,
+    g: Tensor | None = None,
+    *,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Integers | None = None,
+    out: Tensor | None = None,
+    final_state_out: Tensor | None = None,
+) -> tuple[tuple[Tensor, Tensor], Pullback]:
+    """Run ``fn`` forward and return its results with a function for its gradients; see :func:`fwp_core.vjp`.
+
+    Neither is differentiable: tensors that require a gradient are an UnsupportedError while grad mode is on.
+    """
+    inputs = _plain(_INPUTS, (q, k, v, beta, g, initial_state))
+    options = (_rule(fn), feature_map, qk_norm, attention_norm, eps, scale)
+    call = Call(*options, _lengths(cu_seqlens), _core.isa())
+    o, final_state, checkpoints = _run_scan(call, inputs, out, final_state_out)
+
+    def pullback(do: Tensor, dfinal_state: Tensor | None = None, out: Gradients | None = None) -> Gradients:
+        return _run_backward(call, inputs, do, dfinal_state, out, checkpoints)
+
+    return (o, final_state), pullback
+
+
+def delta_rule_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    state: Tensor,
+    state_indices: Integers | None = None,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Take one token or a few for decoding, ``state`` updated in place; see :func:`fwp_core.delta_rule_step`.
+
+    Not differentiable: tensors that require a gradient are an UnsupportedError while grad mode is on. Under
+    ``torch.autocast`` inputs are taken as by :func:`delta_rule`; the state is float32, or float64.
+    """
+    options = ("delta_rule", feature_map, qk_norm, attention_norm, eps, scale)
+    return _step((q, k, v, beta, g), state, state_indices, options, out)
+
+
+def linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None = None,
+    g: Tensor | None = None,
+    *,
+    state: Tensor,
+    state_indices: Integers | None = None,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Take one token or a few, as :func:`delta_rule_step` does; see :func:`fwp_core.linear_attention_step`."""
+    options = ("linear_attention", feature_map, qk_norm, attention_norm, eps, scale)
+    return _step((q, k, v, beta, g), state, state_indices, options, out)
+
+
+def diagnose(
+    fn: Callable[..., tuple[Any, Any]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None = None,
+    g: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Integers | None = None,
+    **options: Any,
+) -> diagnostics.Diagnostics:
+    """Return the probes of :func:`fwp_core.diagnose`, NumPy arrays on the CPU, whatever the tensors."""
+    rule = getattr(ops, _rule(fn))
+    *arrays, initial_state = (_numpy(x) for x in _plain(_INPUTS, (q, k, v, beta, g, initial_state)))
+    lengths = _lengths(cu_seqlens)
+    return diagnostics.diagnose(rule, *arrays, initial_state=initial_state, cu_seqlens=lengths, **options)
+
+
+def feature_forward(map: FeatureMap, x: Tensor) -> Tensor:
+    """Return the features of every row of x, not differentiable."""
+    (x,) = _plain(("x",), (x,))
+    y: Tensor = run(_core.feature_forward, map, x)
+    return y
+
+
+def feature_backward(map: FeatureMap, dy: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of sum(phi(x) * dy) with respect to x, not differentiable."""
+    dx: Tensor = run(_core.feature_backward, map, *_plain(("dy", "x"), (dy, x)))
+    return dx
+
+
+# The kinds of calls.
+
+
 def _scan(inputs: Any, options: Any, cu_seqlens: Any, out: Any, final_state_out: Any) -> tuple[Tensor, Tensor]:
+    _check_projection(options[1])
     if _traced():
-        return _scan_in_graph(inputs, options, cu_seqlens, out, final_state_out)
-    inputs = _autocast(tuple(map(_checked, _NAMES, inputs)))
+        _refuse_outputs(out=out, final_state_out=final_state_out)
+        o, final_state = torch_ops.scan(*_autocast(inputs), _integers(cu_seqlens), *_as_data(options))
+        return o, final_state
     if out is not None or final_state_out is not None:
-        raise NotImplementedError
-    differentiable = torch.is_grad_enabled()
-    call = Call(*options, _lengths(cu_seqlens), _core.isa() if differentiable else None)
+        call = Call(*options, _lengths(cu_seqlens))
+        return _run_scan(call, _plain(_INPUTS, _autocast(inputs)), out, final_state_out)[:2]
+    inputs = _autocast(tuple(map(_checked, _INPUTS, inputs)))
+    call = Call(*options, _lengths(cu_seqlens), _core.isa() if torch.is_grad_enabled() else None)
     o, final_state, _ = Scan.apply(call, *inputs)
     return o, final_state
 
 
-def _scan_in_graph(
-    inputs: Any, options: Any, cu_seqlens: Any, out: Any, final_state_out: Any
-) -> tuple[Tensor, Tensor]:
-    rule, feature_map, *norms = options
-    cu_seqlens = None if cu_seqlens is None else torch.as_tensor(cu_seqlens)
-    map_parameters = (0, 0, 0.0, None) if feature_map is None else parameters(feature_map)
-    o, final_state = torch_ops.scan(*_autocast(inputs), cu_seqlens, rule, *map_parameters, *norms)
-    return o, final_state
+def _run_scan(call: Call, inputs: Any, out: Any, final_state_out: Any) -> tuple[Tensor, Tensor, Tensor]:
+    names = ("out", "final_state_out")
+    outputs = _plain(names, (out, final_state_out), written=True)
+    results = call.forward(inputs, *outputs)
+    increment_version([x for x in outputs if x is not None])
+    return results
+
+
+def _backward(
+    inputs: Any, options: Any, cu_seqlens: Any, do: Any, dfinal_state: Any, out: Gradients | None
+) -> Gradients:
+    call = Call(*options, _lengths(cu_seqlens))
+    return _run_backward(call, _plain(_INPUTS, inputs), do, dfinal_state, out, None)
+
+
+def _run_backward(
+    call: Call, inputs: Any, do: Any, dfinal_state: Any, out: Gradients | None, checkpoints: Tensor | None
+) -> Gradients:
+    do, dfinal_state = _plain(("do", "dfinal_state"), (do, dfinal_state))
+    if isinstance(out, tuple) and len(out) == len(_GRADIENTS):
+        out = Gradients(*_plain(_GRADIENTS, out, written=True))
+    gradients = Gradients(*call.backward(do, dfinal_state, checkpoints, inputs, out))
+    increment_version([x for x in out or () if x is not None])
+    return gradients
+
+
+def _step(inputs: Any, state: Any, state_indices: Any, options: Any, out: Any) -> Tensor:
+    _check_projection(options[1])
+    if _traced():
+        _refuse_outputs(out=out)
+        o: Tensor = torch_ops.step(*_autocast(inputs), state, _integers(state_indices), *_as_data(options))
+        return o
+    inputs = _plain(_INPUTS, _autocast(inputs))
+    state, out = _plain(("state", "out"), (state, out), written=True)
+    rule, *rest = options
+    o = run(STEPS[rule], *inputs, state, state_indices, *rest, out)
+    increment_version([state] if out is None else [state, out])
+    return o
+
+
+def _rule(fn: Callable[..., Any]) -> str:
+    for rule, function in (("delta_rule", delta_rule), ("linear_attention", linear_attention)):
+        if fn is function or fn is getattr(ops, rule):
+            return rule
+    raise ArgumentError(f"fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got {fn!r}")
+
+
+# Under a tracer.
 
 
 def _traced() -> bool:
@@ -96,32 +342,104 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def _as_data(options: Any) -> tuple[Any, ...]:
+    """The rule, the map's parameters, and the other options."""
+    rule, feature_map, *rest = options
+    if feature_map is not None and not isinstance(feature_map, FeatureMap):
+        raise DTypeError(
+            "feature_map: expected None or an object of fwp_core.feature_maps, got "
+            f"{type(feature_map).__name__}"
+        )
+    return rule, *(parameters(feature_map) or (0, 0, 0.0, None)), *rest
+
+
+def _integers(values: Any) -> Tensor | None:
+    return None if values is None else torch.as_tensor(values)
+
+
+def _refuse_outputs(**outputs: Any) -> None:
+    for name, x in outputs.items():
+        if x is not None:
+            raise UnsupportedError(f"{name}: expected None under torch.compile, got {type(x).__name__}")
+
+
+# Arguments.
+
+
 def _checked(name: str, x: Any) -> Any:
-    """The tensor as the kernels can read it."""
+    """The tensor as the kernels, which see its memory only, can read it."""
     if x is None:
         return None
     if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        raise DTypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        expected = "a torch.Tensor, no subclass" if isinstance(x, Tensor) else "a torch.Tensor, as q"
+        raise DTypeError(f"{name}: expected {expected}, got {type(x).__name__}")
     if x.layout is not torch.strided:
         raise UnsupportedError(f"{name}: expected a strided tensor, got layout {x.layout}")
     if x.is_meta:
-        raise DeviceError(f"{name}: expected a tensor in memory, got one on device meta")
+        raise DeviceError(f"{name}: expected a tensor that has memory, got one on device meta")
     return x.resolve_neg() if x.is_neg() else x
 
 
-def _lengths(cu_seqlens: Any) -> Any:
+def _plain(names: Sequence[str], tensors: Sequence[Any], written: bool = False) -> tuple[Any, ...]:
+    """The tensors for a call that no derivative passes through."""
+    return tuple(_undifferentiated(name, x, written) for name, x in zip(names, tensors, strict=False))
+
+
+def _undifferentiated(name: str, x: Any, written: bool) -> Any:
+    if x is None:
+        return None
+    if written and isinstance(x, Tensor) and x.is_neg():
+        raise UnsupportedError(f"{name}: expected a tensor without the negative bit, got one with it")
+    x = _checked(name, x)
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise UnsupportedError(
+            f"{name}: expected a tensor outside torch.func, got one of a transformation; "
+            "fwp_core.torch.delta_rule and linear_attention can be transformed"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            f"{name}: expected a tensor that requires no gradient, got one that does; give {name}.detach(), or "
+            "differentiate fwp_core.torch.delta_rule or linear_attention, without out="
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        refuse_forward_mode()
+    return x
+
+
+def _check_projection(feature_map: Any) -> None:
+    projection = getattr(feature_map, "_parameters", (None,))[-1]
+    if isinstance(projection, Tensor) and projection.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            "projection: expected a tensor that requires no gradient, got one that does; FAVOR passes none to it"
+        )
+
+
+def _lengths(cu_seqlens: Integers | None) -> Sequence[int] | None:
+    """Integers that a later change of the caller's array does not touch."""
     if cu_seqlens is None:
         return None
     return tuple(cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens)
 
 
+def _numpy(x: Tensor | None) -> Any:
+    """In the precision of the states: nothing is rounded."""
+    if x is None:
+        return None
+    return (x if x.dtype == torch.float64 else x.float()).numpy(force=True)
+
+
 def _autocast(inputs: Any) -> Any:
-    """Under torch.autocast: q, k and v in its dtype, as for a matrix product; gates and state in float32."""
-    device = inputs[0].device.type
+    """Under torch.autocast q, k and v in its dtype, as for a matrix product, and the rest in float32."""
+    device = inputs[0].device.type if isinstance(inputs[0], Tensor) else "cpu"
     if not torch.is_autocast_enabled(device):
         return inputs
-    if any(x is not None and x.dtype == torch.float64 for x in inputs):
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in inputs):
         return inputs
-    low = torch.get_autocast_dtype(device)
-    dtypes = (low, low, low, torch.float32, torch.float32, torch.float32)
-    return tuple(None if x is None else x.to(dtype) for x, dtype in zip(inputs, dtypes, strict=True))
+    dtypes = (*(torch.get_autocast_dtype(device),) * 3, *(torch.float32,) * 3)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x
+        for x, dtype in zip(inputs, dtypes, strict=False)
+    )
+
+
+_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from .._core import UnsupportedError
 from . import recurrence
-from .torch_call import Call, Inputs, parameters
+from .torch_call import Call, Inputs, no_gradient, parameters
 
 
 class Scan(torch.autograd.Function):
@@ -31,13 +33,17 @@ class Scan(torch.autograd.Function):
         *inputs, checkpoints = ctx.saved_tensors
         if do is None and dfinal_state is None:
             return (None,) * (1 + len(inputs))
+        do = no_gradient(inputs) if do is None else do
+        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
+            return None, *ctx.call.backward(do, dfinal_state, checkpoints, inputs)
         gradients = iter(ScanGradients.apply(ctx.call, do, dfinal_state, checkpoints, *inputs))
         return None, *(None if x is None else next(gradients) for x in inputs)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, *inputs: Tensor | None) -> Any:
-        fold = _Fold(call, info.batch_size, inputs[2], in_dims[3])
-        o, final_state, checkpoints = Scan.apply(fold.call, *fold.inputs(inputs, in_dims[1:]))
+        fold = Fold(info.batch_size, call.cu_seqlens is not None)
+        folded = fold.inputs(inputs, in_dims[1:])
+        o, final_state, checkpoints = Scan.apply(call.repeated(fold.size), *folded)
         # Checkpoints of all together are of no use to one: backward makes its own.
         return (fold.open(o), fold.open_state(final_state), checkpoints.new_empty(0)), (0, 0, None)
 
@@ -52,12 +58,13 @@ class ScanGradients(torch.autograd.Function):
     @staticmethod
     def forward(
         call: Call,
-        do: Tensor | None,
+        do: Tensor,
         dfinal_state: Tensor | None,
         checkpoints: Tensor | None,
         *inputs: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        return call.backward(do, dfinal_state, checkpoints, inputs)
+        gradients = call.backward(do, dfinal_state, checkpoints, inputs)
+        return tuple(x for x in gradients if x is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -83,18 +90,21 @@ class ScanGradients(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: Any, call: Call, do: Any, dfinal_state: Any, checkpoints: Any, *inputs: Tensor | None
     ) -> Any:
-        fold = _Fold(call, info.batch_size, inputs[2], in_dims[6])
+        fold = Fold(info.batch_size, call.cu_seqlens is not None)
         folded = fold.inputs(inputs, in_dims[4:])
         do, dfinal_state = fold.close(do, in_dims[1]), fold.close_state(dfinal_state, in_dims[2])
-        gradients = ScanGradients.apply(fold.call, do, dfinal_state, None, *folded)
-        has_state = inputs[-1] is not None
-        opened = [fold.open(x) for x in (gradients[:-1] if has_state else gradients)]
-        opened += [fold.open_state(gradients[-1])] if has_state else []
-        return tuple(opened), (0,) * len(opened)
+        call = call.repeated(fold.size)
+        gradients = fold.open_all(ScanGradients.apply(call, do, dfinal_state, None, *folded), inputs)
+        return gradients, (0,) * len(gradients)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         refuse_forward_mode()
+
+
+# Function.apply asks for these at every call, which takes longer than all else in it.
+Scan.forward.__signature__ = inspect.signature(Scan.forward)  # type: ignore[attr-defined]
+ScanGradients.forward.__signature__ = inspect.signature(ScanGradients.forward)  # type: ignore[attr-defined]
 
 
 def refuse_forward_mode() -> None:
@@ -104,16 +114,11 @@ def refuse_forward_mode() -> None:
     )
 
 
-class _Fold:
-    """The batch axis of torch.func.vmap as part of B or, where B must be 1, of T."""
+class Fold:
+    """The batch axis of torch.func.vmap, of a size, as part of B or, where sequences are packed, of T."""
 
-    def __init__(self, call: Call, size: int, v: Tensor | None, dim: int | None) -> None:
-        assert v is not None
-        shape = list(v.shape)
-        if dim is not None:
-            del shape[dim]
-        self.size, self.packed = size, call.cu_seqlens is not None
-        self.call = call.repeated(size, shape[1])
+    def __init__(self, size: int, packed: bool) -> None:
+        self.size, self.packed = size, packed
 
     def inputs(self, inputs: Inputs, dims: Any) -> Inputs:
         rows = (self.close(x, dim) for x, dim in zip(inputs[:-1], dims, strict=False))
@@ -121,31 +126,31 @@ class _Fold:
 
     def close(self, x: Tensor | None, dim: int | None) -> Tensor | None:
         """[n,B,T,...] to [nB,T,...], or to [1,nT,...]."""
-        x = self._batch_first(x, dim)
-        if x is None or not self.packed:
-            return None if x is None else x.flatten(0, 1)
-        return x.flatten(0, 2)[None]
+        x = self.close_state(x, dim)
+        return x.flatten(0, 1)[None] if x is not None and self.packed else x
 
     def close_state(self, x: Tensor | None, dim: int | None) -> Tensor | None:
-        x = self._batch_first(x, dim)
-        return None if x is None else x.flatten(0, 1)
+        if x is None:
+            return None
+        return (x.expand(self.size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
     def open(self, x: Tensor) -> Tensor:
-        if not self.packed:
-            return self.open_state(x)
-        return x.reshape(self.size, 1, x.shape[1] // self.size, *x.shape[2:])
+        x = self.open_state(x[0] if self.packed else x)
+        return x[:, None] if self.packed else x
 
     def open_state(self, x: Tensor) -> Tensor:
         return x.reshape(self.size, x.shape[0] // self.size, *x.shape[1:])
 
-    def _batch_first(self, x: Tensor | None, dim: int | None) -> Tensor | None:
-        if x is None:
-            return None
-        return x.expand(self.size, *x.shape) if dim is None else x.movedim(dim, 0)
+    def open_all(self, gradients: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
+        """The gradients of those inputs that are there."""
+        opened = [self.open(x) for x in gradients]
+        if inputs[-1] is not None:
+            opened[-1] = self.open_state(gradients[-1])
+        return tuple(opened)
 
 
 def _recurrence_gradients(
-    call: Call, do: Tensor | None, dfinal_state: Tensor | None, *inputs: Tensor | None
+    call: Call, do: Tensor, dfinal_state: Tensor | None, *inputs: Tensor | None
 ) -> tuple[Tensor, ...]:
     """What ``call.backward`` returns, by operations of torch."""
 
@@ -153,8 +158,7 @@ def _recurrence_gradients(
         values = iter(given)
         return _recurrence(call, *(None if x is None else next(values) for x in inputs))
 
-    (o, final_state), pullback = torch.func.vjp(scan, *(x for x in inputs if x is not None))
-    do = torch.zeros_like(o) if do is None else do
+    (_, final_state), pullback = torch.func.vjp(scan, *(x for x in inputs if x is not None))
     dfinal_state = torch.zeros_like(final_state) if dfinal_state is None else dfinal_state
     gradients: tuple[Tensor, ...] = pullback((do, dfinal_state))
     return gradients

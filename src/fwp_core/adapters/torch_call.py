@@ -16,6 +16,10 @@ KERNELS = {
     "linear_attention": (_core.linear_attention, _core.linear_attention_backward),
     "delta_rule": (_core.delta_rule, _core.delta_rule_backward),
 }
+STEPS = {
+    "linear_attention": _core.linear_attention_step,
+    "delta_rule": _core.delta_rule_step,
+}
 Inputs = tuple[Tensor | None, ...]  # q, k, v, beta, g, initial_state
 
 
@@ -43,7 +47,7 @@ def run(kernel: Callable[..., Any], *arguments: Any) -> Any:
     return tensor(kernel(*map(numpy, arguments)))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """The options of a scan, with the name of its function."""
 
@@ -69,39 +73,45 @@ class Call:
         return o, final_state, checkpoints
 
     def backward(
-        self, do: Tensor | None, dfinal_state: Tensor | None, checkpoints: Tensor | None, inputs: Inputs
-    ) -> tuple[Tensor, ...]:
-        """Return the gradients of those inputs that are there; None among the incoming gradients is zero."""
-        if do is None:
-            do = self._no_gradient(inputs)
+        self,
+        do: Tensor,
+        dfinal_state: Tensor | None,
+        checkpoints: Tensor | None,
+        inputs: Inputs,
+        out: tuple[Tensor | None, ...] | None = None,
+    ) -> Inputs:
+        """Return the gradients of the inputs, None where an input is."""
         if checkpoints is not None and (not checkpoints.numel() or _core.isa() != self.level):
             checkpoints = None
         *arrays, initial_state = inputs
-        gradients = run(
+        gradients: Inputs = run(
             KERNELS[self.rule][1],
-            *(do, *arrays, dfinal_state, None),
+            *(do, *arrays, dfinal_state, out),
             *self._options(),
             *(initial_state, self.cu_seqlens, checkpoints),
         )
-        return tuple(x for x in gradients if x is not None)
+        return gradients
 
-    def repeated(self, count: int, tokens: int) -> Call:
+    def repeated(self, count: int) -> Call:
         """The call for ``count`` times the sequences: one behind the other if they are packed."""
         if self.cu_seqlens is None:
             return self
+        tokens = self.cu_seqlens[-1]
         ends = [n * tokens + end for n in range(count) for end in self.cu_seqlens[1:]]
         return replace(self, cu_seqlens=(0, *ends))
 
     def _options(self) -> tuple[Any, ...]:
         return self.feature_map, self.qk_norm, self.attention_norm, self.eps, self.scale
 
-    def _no_gradient(self, inputs: Inputs) -> Tensor:
-        q, k, v = inputs[:3]
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        heads = max(x.shape[2] for x in (q, k, v))
-        return v.new_zeros(v.shape[3:]).expand(*v.shape[:2], heads, v.shape[3])
+
+def no_gradient(inputs: Inputs) -> Tensor:
+    """Zeros of the shape of o, which take no memory."""
+    q, k, v = inputs[:3]
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    heads = max(x.shape[2] for x in (q, k, v))
+    return v.new_zeros(v.shape[3:]).expand(*v.shape[:2], heads, v.shape[3])
 
 
 def parameters(feature_map: FeatureMap | None) -> Parameters | None:
