@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._core import ArgumentError, UnsupportedError
-from ..torch import delta_rule, linear_attention
+from .._core import ArgumentError, ShapeError, UnsupportedError
+from ..torch import delta_rule, delta_rule_step, linear_attention, linear_attention_step
 
 __all__ = [
     "chunk_delta_rule",
@@ -83,7 +83,7 @@ def chunk_delta_rule(
 ) -> Result:
     """Run the delta rule; beta is [B,T,H]."""
     return _run(
-        delta_rule,
+        "delta",
         _Inputs(q, k, v, beta),
         scale=scale,
         initial_state=initial_state,
@@ -107,7 +107,7 @@ def fused_recurrent_delta_rule(
 ) -> Result:
     """Run the delta rule; beta is [B,T,H] or [B,T,H,V], or None for 1."""
     return _run(
-        delta_rule,
+        "delta",
         _Inputs(q, k, v, _strength(beta, v)),
         scale=scale,
         initial_state=initial_state,
@@ -190,7 +190,7 @@ def fused_recurrent_gated_delta_rule(
     if use_gate_in_kernel:
         g = _gate(g, A_log, dt_bias)
     return _run(
-        delta_rule,
+        "delta",
         _Inputs(q, k, v, _strength(beta, v, use_beta_sigmoid_in_kernel, allow_neg_eigval), _sum(g, gk), gv),
         scale=scale,
         initial_state=initial_state,
@@ -283,7 +283,7 @@ def fused_recurrent_kda(
     if use_gate_in_kernel:
         g = _gate(g, A_log, dt_bias, lower_bound)
     return _run(
-        delta_rule,
+        "delta",
         _Inputs(q, k, v, _strength(beta, v, use_beta_sigmoid_in_kernel, allow_neg_eigval), g),
         scale=scale,
         initial_state=initial_state,
@@ -334,7 +334,7 @@ def fused_recurrent_linear_attn(
         if isinstance(initial_state, tuple):
             raise ArgumentError("initial_state: expected a tensor with normalize=False, got a tuple")
         return _run(
-            linear_attention,
+            "linear",
             _Inputs(q, k, v),
             scale=scale,
             initial_state=initial_state,
@@ -346,13 +346,15 @@ def fused_recurrent_linear_attn(
     if not scale > 0:
         raise ArgumentError(f"scale: expected a positive number with normalize=True, got {scale}")
     o, joined = _run(
-        partial(linear_attention, attention_norm=True, eps=_SUM_EPS / scale),
+        "linear",
         _Inputs(q, k, v),
         scale=1.0,
         initial_state=_with_key_sum(initial_state, k, v),
         output_final_state=True,
         cu_seqlens=cu_seqlens,
         reverse=reverse,
+        attention_norm=True,
+        eps=_SUM_EPS / scale,
     )
     assert joined is not None
     state, z = joined[..., :-1], joined[..., -1].unsqueeze(1)
@@ -410,7 +412,7 @@ def fused_recurrent_simple_gla(
     if g_gamma is not None:
         g = _sum(g_gamma.expand(*q.shape[:2], -1), g)
     return _run(
-        linear_attention,
+        "linear",
         _Inputs(q, k, v, g=g),
         scale=scale,
         initial_state=initial_state,
@@ -511,7 +513,7 @@ def fused_recurrent_gla(
 ) -> Result:
     """Run gated linear attention with decays gk [B,T,H,K] of keys' and gv [B,T,H,V] of values' channels."""
     return _run(
-        linear_attention,
+        "linear",
         _Inputs(q, k, v, g=gk, gv=gv),
         scale=scale,
         initial_state=initial_state,
@@ -537,12 +539,19 @@ class _Inputs(NamedTuple):
     gv: Tensor | None = None  # [B,T,H,V]
 
 
+# Of sequences, and of tokens of a sequence in one pass over its state.
+_RULES: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]] = {
+    "delta": (delta_rule, delta_rule_step),
+    "linear": (linear_attention, linear_attention_step),
+}
+_STEP_TOKENS = 24
+
 # (inputs, initial_state, cu_seqlens) -> (o, final_state)
 _Scan = Callable[[_Inputs, State, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def _run(
-    rule: Callable[..., tuple[Tensor, Tensor]],
+    rule: str,
     x: _Inputs,
     *,
     scale: float | None,
@@ -553,16 +562,16 @@ def _run(
     reverse: bool = False,
     state_v_first: bool = False,
     others: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Result:
     """Bring fla's arguments into the library's form, run the rule, and bring the results back."""
     v_first = _v_first(state_v_first, others or {})
+    state = _state(x, initial_state, cu_seqlens, v_first, options.get("attention_norm", False))
     if l2norm:
         x = x._replace(q=_l2norm(x.q), k=_l2norm(x.k))
-    state = None if initial_state is None else initial_state.to(_wide(x.q))
-    if state is not None and v_first:
-        state = state.transpose(-1, -2)
+    options["scale"] = x.k.shape[-1] ** -0.5 if scale is None else scale
 
-    scan: _Scan = partial(_scan, rule, x.k.shape[-1] ** -0.5 if scale is None else scale)
+    scan: _Scan = partial(_scan, rule, options)
     if x.gv is not None or (x.beta is not None and x.beta.ndim == 4):
         scan = partial(_scan_value_channels, scan)
     if reverse:
@@ -575,15 +584,17 @@ def _run(
 
 
 def _scan(
-    rule: Callable[..., tuple[Tensor, Tensor]],
-    scale: float,
-    x: _Inputs,
-    state: State,
-    cu_seqlens: Tensor | None,
+    rule: str, options: Mapping[str, Any], x: _Inputs, state: State, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    scan, step = _RULES[rule]
     accepted = (x.q.dtype, _wide(x.q))
-    beta, g = (t if t is None or t.dtype in accepted else t.to(_wide(x.q)) for t in (x.beta, x.g))
-    return rule(x.q, x.k, x.v, beta, g, scale=scale, initial_state=state, cu_seqlens=cu_seqlens)
+    gates = (t if t is None or t.dtype in accepted else t.to(_wide(x.q)) for t in (x.beta, x.g))
+    inputs = (x.q, x.k, x.v, *gates)
+    few = cu_seqlens is None and x.q.shape[1] <= _STEP_TOKENS
+    if state is None or not few or torch.is_grad_enabled():
+        return scan(*inputs, initial_state=state, cu_seqlens=cu_seqlens, **options)
+    final_state = state.clone(memory_format=torch.contiguous_format)
+    return step(*inputs, state=final_state, **options), final_state
 
 
 def _scan_reversed(scan: _Scan, x: _Inputs, state: State, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -622,6 +633,22 @@ def _scan_value_channels(
 def _wide(x: Tensor) -> torch.dtype:
     """The dtype of sums."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _state(x: _Inputs, state: State, cu_seqlens: Tensor | None, v_first: bool, with_sum: bool) -> State:
+    """The initial state [N,H,K,V], in the dtype of sums."""
+    if state is None:
+        return None
+    N = x.q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    K, V = x.k.shape[3], x.v.shape[3] + with_sum
+    _check_shape("initial_state", state, (N, x.v.shape[2], *((V, K) if v_first else (K, V))))
+    state = state.to(_wide(x.q))
+    return state.transpose(-1, -2) if v_first else state
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ShapeError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
 
 
 def _l2norm(x: Tensor) -> Tensor:

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from .._core import UnsupportedError
+from .._core import ArgumentError, UnsupportedError
 from . import fla
 
 __all__ = ["patch", "patched", "unpatch"]
@@ -47,28 +47,36 @@ FUNCTIONS: dict[str, Function] = {
     "recurrent_kimi_delta_attention": fla.fused_recurrent_kda,
 }
 
-# (module, name of the function) -> (what was there, what is there)
-_replaced: dict[tuple[ModuleType, str], tuple[Function, Function]] = {}
+Place = tuple[ModuleType, str]  # a function, by the name that its module has for it
+_replaced: dict[Place, tuple[Function, Function]] = {}  # what was there, and what is there
 
 
-def patch() -> tuple[str, ...]:
-    """Let the models of the installed transformers compute their fast weights here, on the CPU.
+def patch(*models: str) -> tuple[str, ...]:
+    """Let models of the installed transformers compute their fast weights here, on the CPU.
 
-    They are ``MODELS``, as far as the installed version has them. Doing it twice is doing it once.
+    Doing it twice is doing it once.
+
+    Parameters
+    ----------
+    models : str
+        Names out of ``MODELS``, such as "qwen3_next"; without any, all that the installed version has. Their
+        modules are imported, which may take seconds.
 
     Returns
     -------
     modules : tuple of str
-        Names of the modules of which functions are replaced.
+        Names of all modules of which functions are replaced.
 
     Raises
     ------
     ImportError
         There is no transformers.
+    ArgumentError
+        A name is not one of ``MODELS``.
     UnsupportedError
-        It has none of these models, or they do not have these functions.
+        The installed version has none of these models, or they do not have these functions.
     """
-    for module in _modules():
+    for module in _modules(models):
         for name, ours in FUNCTIONS.items():
             if hasattr(module, name) and (module, name) not in _replaced:
                 original = getattr(module, name)
@@ -76,32 +84,41 @@ def patch() -> tuple[str, ...]:
                 setattr(module, name, replacement)
                 _replaced[module, name] = original, replacement
     if not _replaced:
-        raise UnsupportedError(f"transformers: expected a version with one of {', '.join(MODELS)}, got none")
+        asked = ", ".join(models or MODELS)
+        raise UnsupportedError(
+            f"models: expected transformers to have the functions of {asked}, got none of them"
+        )
     return tuple(dict.fromkeys(module.__name__ for module, _ in _replaced))
 
 
 def unpatch() -> None:
     """Undo :func:`patch`; what others have replaced since stays as it is."""
-    for (module, name), (original, replacement) in _replaced.items():
-        if getattr(module, name) is replacement:
-            setattr(module, name, original)
-    _replaced.clear()
+    _restore(set(_replaced))
 
 
 @contextmanager
-def patched() -> Iterator[tuple[str, ...]]:
-    """Use :func:`patch` within a with statement, and leave things as they were."""
-    before = bool(_replaced)
+def patched(*models: str) -> Iterator[tuple[str, ...]]:
+    """Use :func:`patch` within a with statement, and :func:`unpatch` after it what was not patched before."""
+    before = set(_replaced)
     try:
-        yield patch()
+        yield patch(*models)
     finally:
-        if not before:
-            unpatch()
+        _restore(set(_replaced) - before)
 
 
-def _modules() -> Iterator[ModuleType]:
+def _restore(places: Iterable[Place]) -> None:
+    for place in places:
+        module, name = place
+        original, replacement = _replaced.pop(place)
+        if getattr(module, name) is replacement:
+            setattr(module, name, original)
+
+
+def _modules(models: tuple[str, ...]) -> Iterator[ModuleType]:
     import_module("transformers")
-    for model in MODELS:
+    for model in models or MODELS:
+        if model not in MODELS:
+            raise ArgumentError(f"models: expected names out of {', '.join(MODELS)}, got {model!r}")
         if find_spec(f"transformers.models.{model}"):
             yield import_module(f"transformers.models.{model}.modeling_{model}")
 
