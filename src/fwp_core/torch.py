@@ -10,8 +10,11 @@ from .adapters.torch import (
     linear_attention_step,
     vjp,
 )
+from .adapters.torch_layer import FastWeightAttention, FastWeightState
 
 __all__ = [
+    "FastWeightAttention",
+    "FastWeightState",
     "delta_rule",
     "delta_rule_backward",
     "delta_rule_step",

@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 
 from .. import _core, diagnostics, ops
 from .._core import ArgumentError, DeviceError, DTypeError, UnsupportedError
-from ..feature_maps import FeatureMap
+from ..feature_maps import FeatureMap, Parameters
 from ..ops import Gradients, QKNorm
 from . import torch_ops
 from .torch_autograd import Scan, refuse_forward_mode
@@ -282,7 +282,8 @@ def _scan(inputs: Any, options: Any, cu_seqlens: Any, out: Any, final_state_out:
         call = Call(*options, _lengths(cu_seqlens))
         return _run_scan(call, _plain(_INPUTS, _autocast(inputs)), out, final_state_out)[:2]
     inputs = _autocast(tuple(map(_checked, _INPUTS, inputs)))
-    call = Call(*options, _lengths(cu_seqlens), _core.isa() if torch.is_grad_enabled() else None)
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    call = Call(*options, _lengths(cu_seqlens), _core.isa() if differentiated else None)
     o, final_state, _ = Scan.apply(call, *inputs)
     return o, final_state
 
@@ -345,6 +346,8 @@ def _traced() -> bool:
 def _as_data(options: Any) -> tuple[Any, ...]:
     """The rule, the map's parameters, and the other options."""
     rule, feature_map, *rest = options
+    if isinstance(feature_map, Parameters):
+        return rule, *feature_map, *rest
     if feature_map is not None and not isinstance(feature_map, FeatureMap):
         raise DTypeError(
             "feature_map: expected None or an object of fwp_core.feature_maps, got "
@@ -375,6 +378,8 @@ def _checked(name: str, x: Any) -> Any:
         raise DTypeError(f"{name}: expected {expected}, got {type(x).__name__}")
     if x.layout is not torch.strided:
         raise UnsupportedError(f"{name}: expected a strided tensor, got layout {x.layout}")
+    if x.is_quantized:
+        raise DTypeError(f"{name}: expected dtype float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.is_meta:
         raise DeviceError(f"{name}: expected a tensor that has memory, got one on device meta")
     return x.resolve_neg() if x.is_neg() else x

@@ -143,10 +143,9 @@ class Fold:
 
     def open_all(self, gradients: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
         """The gradients of those inputs that are there."""
-        opened = [self.open(x) for x in gradients]
-        if inputs[-1] is not None:
-            opened[-1] = self.open_state(gradients[-1])
-        return tuple(opened)
+        if inputs[-1] is None:
+            return tuple(map(self.open, gradients))
+        return *map(self.open, gradients[:-1]), self.open_state(gradients[-1])
 
 
 def _recurrence_gradients(

@@ -74,7 +74,7 @@ def _parse(arguments: tuple[Any, ...]) -> tuple[Inputs, Call]:
 
 
 def _feature_map(kind: int, nu: int, eps: float, projection: Tensor | None) -> _core.FeatureMap | None:
-    return _core.FeatureMap(kind, nu, eps, projection) if kind else None
+    return run(_core.FeatureMap, kind, nu, eps, projection) if kind else None
 
 
 def _refuse_tangents() -> None:
