@@ -395,6 +395,16 @@ def test_a_block_of_qwen3_next_is_the_same(T):
             close(ours[name], original[name], name)
 
 
+def test_a_compiled_block_is_one_graph():
+    layer, x = qwen_layer(), torch.randn(2, 20, 32)
+    expected = layer(x)
+    torch.compiler.reset()
+    with patched("qwen3_next"):
+        actual = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.compiler.reset()
+    close(actual, expected)
+
+
 def test_padded_batches_are_the_same():
     made = make_model("qwen3_next")
     mask = torch.ones(2, 13, dtype=torch.long)
