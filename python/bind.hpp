@@ -12,6 +12,7 @@ int without_gil(const Call& call) {
   return call();
 }
 
+void bind_array(pybind11::module_& m);
 void bind_config(pybind11::module_& m);
 void bind_features(pybind11::module_& m);
 void bind_scan(pybind11::module_& m);

@@ -3,8 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "arrays.hpp"
 #include "fwp/fwp.h"
-#include "numpy.hpp"
 
 namespace fwp::python {
 

@@ -36,6 +36,7 @@ def framework(monkeypatch):
         setattr(calls, name, lambda *args, _name=name, **kwargs: (_name, args, kwargs))
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(Tensor=Stranger))
     monkeypatch.setitem(sys.modules, "fwp_core.adapters.torch", calls)
+    monkeypatch.setattr(adapters, "torch", calls, raising=False)
     return calls
 
 

@@ -49,11 +49,13 @@ def options(case):
 
 def scan_of(case):
     """The scan of a case as a function of those of its inputs that are there."""
+    function, more = SCAN[case.rule], options(case)
+    there = [x is not None for x in (*case.inputs, case.initial_state)]
 
     def scan(*given):
         values = iter(given)
-        inputs = [None if x is None else next(values) for x in (*case.inputs, case.initial_state)]
-        return SCAN[case.rule](*inputs[:5], initial_state=inputs[5], **options(case))
+        inputs = [next(values) if yes else None for yes in there]
+        return function(*inputs[:5], initial_state=inputs[5], **more)
 
     return scan
 

@@ -8,7 +8,6 @@ module, ``torch`` or ``jax``, has functions of the names and signatures of the p
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -33,8 +32,17 @@ def adapter(x: object) -> ModuleType | None:
     for name, array_type in _ARRAY_TYPES.items():
         framework = sys.modules.get(name)
         if framework is not None and isinstance(x, getattr(framework, array_type, ())):
-            return importlib.import_module(f"{__name__}.{name}")
+            return _imported(name)
     return None
+
+
+def _imported(name: str) -> ModuleType:
+    # By statements: torch.compile follows those, and not importlib.
+    if name == "torch":
+        from . import torch as module
+    else:
+        from . import jax as module
+    return module
 
 
 def routed_by(argument: str) -> Callable[[_Function], _Function]:

@@ -20,7 +20,7 @@ from ..feature_maps import FeatureMap, Parameters
 from ..ops import Gradients, QKNorm
 from . import torch_ops
 from .torch_autograd import Scan, refuse_forward_mode
-from .torch_call import STEPS, Call, parameters, run
+from .torch_call import STEPS, Call, parameters
 
 Integers: TypeAlias = Any  # a sequence, or an array of any framework
 Pullback: TypeAlias = Callable[..., Gradients]
@@ -259,13 +259,13 @@ def diagnose(
 def feature_forward(map: FeatureMap, x: Tensor) -> Tensor:
     """Return the features of every row of x, not differentiable."""
     (x,) = _plain(("x",), (x,))
-    y: Tensor = run(_core.feature_forward, map, x)
+    y: Tensor = _core.feature_forward(map, x)
     return y
 
 
 def feature_backward(map: FeatureMap, dy: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of sum(phi(x) * dy) with respect to x, not differentiable."""
-    dx: Tensor = run(_core.feature_backward, map, *_plain(("dy", "x"), (dy, x)))
+    dx: Tensor = _core.feature_backward(map, *_plain(("dy", "x"), (dy, x)))
     return dx
 
 
@@ -323,7 +323,7 @@ def _step(inputs: Any, state: Any, state_indices: Any, options: Any, out: Any) -
     inputs = _plain(_INPUTS, _autocast(inputs))
     state, out = _plain(("state", "out"), (state, out), written=True)
     rule, *rest = options
-    o = run(STEPS[rule], *inputs, state, state_indices, *rest, out)
+    o = STEPS[rule](*inputs, state, state_indices, *rest, out)
     increment_version([state] if out is None else [state, out])
     return o
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,40 +21,6 @@ STEPS = {
     "delta_rule": _core.delta_rule_step,
 }
 Inputs = tuple[Tensor | None, ...]  # q, k, v, beta, g, initial_state
-
-
-def run(kernel: Callable[..., Any], *arguments: Any) -> Any:
-    import ml_dtypes
-    import numpy as np
-
-    pairs = []
-
-    def numpy(x: Any) -> Any:
-        y = numpy_(x)
-        pairs.append((y, x))
-        return y
-
-    def numpy_(x: Any) -> Any:
-        if isinstance(x, tuple) and any(isinstance(y, Tensor) for y in x):
-            return tuple(map(numpy, x))
-        if not isinstance(x, Tensor):
-            return x
-        x = x.detach()
-        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
-
-    def tensor(x: Any) -> Any:
-        if type(x) is tuple:
-            return tuple(map(tensor, x))
-        if not isinstance(x, np.ndarray):
-            return x
-        for y, original in pairs:
-            if y is x:
-                return original
-        if x.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(x)
-
-    return tensor(kernel(*map(numpy, arguments)))
 
 
 @dataclass(eq=False, slots=True)
@@ -77,7 +43,7 @@ class Call:
         *arrays, initial_state = inputs
         keep = self.level is not None
         outputs = initial_state, self.cu_seqlens, out, final_state_out, keep
-        o, final_state, checkpoints = run(KERNELS[self.rule][0], *arrays, *self._options(), *outputs)
+        o, final_state, checkpoints = KERNELS[self.rule][0](*arrays, *self._options(), *outputs)
         if checkpoints is None or _core.isa() != self.level:  # switched by another thread meanwhile
             checkpoints = final_state.new_empty(0)
         return o, final_state, checkpoints
@@ -94,8 +60,7 @@ class Call:
         if checkpoints is not None and (not checkpoints.numel() or _core.isa() != self.level):
             checkpoints = None
         *arrays, initial_state = inputs
-        gradients: Inputs = run(
-            KERNELS[self.rule][1],
+        gradients: Inputs = KERNELS[self.rule][1](
             *(do, *arrays, dfinal_state, out),
             *self._options(),
             *(initial_state, self.cu_seqlens, checkpoints),

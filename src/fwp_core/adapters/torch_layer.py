@@ -297,7 +297,8 @@ class FastWeightAttention(nn.Module):
         return FAVOR(projection.numpy(), self.feature_map._parameters.eps)
 
     def _read_out(self, o: Tensor, x: Tensor) -> Tensor:
-        o = o if self.norm is None else self.norm(o)
+        if self.norm is not None:
+            o = self.norm(o.to(self.norm.weight.dtype))  # under autocast they differ
         o = o.flatten(2)
         y: Tensor = self.out(o if self.output_gate is None else o * F.silu(self.output_gate(x)))
         return y

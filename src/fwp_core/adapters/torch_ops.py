@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from .. import _core
 from ..feature_maps import Parameters
 from .torch_autograd import Fold, refuse_forward_mode
-from .torch_call import STEPS, Call, Inputs, no_gradient, run
+from .torch_call import STEPS, Call, Inputs, no_gradient
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g"
 _OPTIONS = (
@@ -55,7 +55,7 @@ def _step(*arguments: Any) -> Tensor:
     _refuse_tangents()
     inputs, state, indices, (rule, *parameters) = arguments[:5], *arguments[5:7], arguments[7:]
     feature_map = _feature_map(*parameters[:4])
-    o: Tensor = run(STEPS[rule], *inputs, state, indices, feature_map, *parameters[4:], None)
+    o: Tensor = STEPS[rule](*inputs, state, indices, feature_map, *parameters[4:], None)
     return o
 
 
@@ -74,7 +74,7 @@ def _parse(arguments: tuple[Any, ...]) -> tuple[Inputs, Call]:
 
 
 def _feature_map(kind: int, nu: int, eps: float, projection: Tensor | None) -> _core.FeatureMap | None:
-    return run(_core.FeatureMap, kind, nu, eps, projection) if kind else None
+    return _core.FeatureMap(kind, nu, eps, projection) if kind else None
 
 
 def _refuse_tangents() -> None:
