@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -111,6 +112,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=most, help=f"of both libraries (default: {most})")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each row, tenfold for decoding")
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument(
+        "--rows", nargs="+", default=["*"], metavar="GLOB", help="only these, such as 'call *'"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; no figures")
     args = parser.parse_args(arguments)
     heads, size, hidden, tokens = (2, 16, 32, 100) if args.quick else (16, 128, 2048, args.tokens)
@@ -119,9 +123,11 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{tokens} tokens, {args.threads} threads, torch {torch.__version__}, level {fwp.isa()}, ", end="")
     print(f"load {os.getloadavg()[0]:.1f}")
     print(f"{'':24}{'before, ms':>12}{'after, ms':>12}{'ratio':>8}{'least':>8}{'most':>8}{'difference':>12}")
+    rows = calls(tokens, heads, size) | blocks(tokens, heads, size, hidden)
+    asked = [name for name in rows if any(fnmatch(name, glob) for glob in args.rows)]
     with fwp.threads(args.threads):
-        for name, make in (calls(tokens, heads, size) | blocks(tokens, heads, size, hidden)).items():
-            before, after, difference = measure(make, args.rounds * (10 if "decode" in name else 1))
+        for name in asked:
+            before, after, difference = measure(rows[name], args.rounds * (10 if "decode" in name else 1))
             if not difference <= TOLERANCE:
                 sys.exit(f"{name}: results differ by {difference:.1e}")
             ratios = [x / y for x, y in zip(before, after, strict=True)]

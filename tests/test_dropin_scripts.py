@@ -64,6 +64,11 @@ def test_the_benchmark_shows_the_calls_and_the_layer(capsys):
         assert 0 < difference <= 1e-5, name
 
 
+def test_the_benchmark_measures_the_rows_asked_for(capsys):
+    script("benchmarks/drop_in.py").main(["--quick", "--rounds", "1", "--threads", "1", "--rows", "*decode"])
+    assert list(rows(capsys.readouterr().out)) == ["call decode", "block decode"]
+
+
 def test_the_benchmark_ends_where_results_differ(monkeypatch):
     benchmark = script("benchmarks/drop_in.py")
     monkeypatch.setattr(benchmark.example, "difference", lambda actual, expected: float("nan"))

@@ -93,7 +93,7 @@ def linear_attention(
     strength = _gate("beta", beta, k, (1,), shared=True) if delta else None
     state = _state(past_state, k, v)
 
-    def per_query_head(x: Array | None, axis: int) -> Array | None:
+    def per_query_head(x: Any, axis: int) -> Any:
         return x if x is None or group == 1 else np.repeat(x, group, axis)
 
     rule = ops.delta_rule if delta else ops.linear_attention
@@ -101,16 +101,14 @@ def linear_attention(
         q,
         k,
         v,
-        per_query_head(strength, 2),  # type: ignore[arg-type]
+        per_query_head(strength, 2),
         per_query_head(g, 2),
         scale=scale or max(k.shape[3], 1) ** -0.5,
         initial_state=per_query_head(state, 1),
     )
-    B, T, _ = query.shape
+    output = o.reshape(*query.shape[:2], q_num_heads * v.shape[3])
     present_dtype = query.dtype if past_state is None else past_state.dtype
-    return o.reshape(B, T, q_num_heads * v.shape[3]), final_state[:, ::group].astype(
-        present_dtype, copy=False
-    )
+    return output, final_state[:, ::group].astype(present_dtype, copy=False)
 
 
 def _checked_rule(name: str, decay: Array | None, beta: Array | None) -> _Rule:
