@@ -1,5 +1,8 @@
 """ONNX's LinearAttention: against onnx's own reference evaluator, the oracle, and its refusals."""
 
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import oracle
@@ -199,3 +202,10 @@ def test_what_is_refused(what):
     inputs, defaults = make()
     with pytest.raises(error, match=message):
         linear_attention(**(inputs | changed), **(defaults | attributes))
+
+
+def test_it_needs_no_framework():
+    """Neither the package nor this module imports what the other drop-ins need."""
+    code = "import sys, fwp_core.compat.onnx; print({'torch', 'transformers', 'onnx'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert shown.strip() == "set()"
