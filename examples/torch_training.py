@@ -43,7 +43,7 @@ class Model(nn.Module):
 
 
 def batches(size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sequences [size, 3 PAIRS] key value key value ... key key ..., and the values [size, PAIRS] asked for."""
+    """Sequences [size,3 PAIRS]: key value ... key value, key ... key; and the values [size,PAIRS]."""
     random = torch.Generator().manual_seed(seed)
     while True:
         keys = torch.rand(size, KEYS, generator=random).argsort(1)[:, :PAIRS]

@@ -66,10 +66,10 @@ void Array::write(const char* name, py::handle object, const Array* like) {
     check_framework(*like);
   }
   if (!writable_)
-    raise(FWP_READ_ONLY_ERROR,
-          std::string(name) + ": expected a writable array, got " +
-              (managed_.legacy() ? "one whose framework does not say that it is, " + type_name(object)
-                                 : "a read-only one"));
+    raise(FWP_READ_ONLY_ERROR, std::string(name) + ": expected a writable array, got " +
+                                   (extra_ != nullptr && extra_->managed.legacy()
+                                        ? "one whose framework does not say that it is, " + type_name(object)
+                                        : "a read-only one"));
 }
 
 void Array::read_optional(const char* name, py::handle object, const Array* like) {
@@ -107,11 +107,12 @@ void Array::read_integers(const char* name, py::handle object) {
   if (PySequence_Check(items.ptr()) == 0 || PyUnicode_Check(items.ptr()) || PyBytes_Check(items.ptr()) ||
       numpy::is_subclass(items))
     raise(FWP_DTYPE_ERROR, std::string(name) + ": expected a sequence of integers, got " + type_name(object));
-  for (const py::handle item : py::reinterpret_borrow<py::sequence>(items)) integers_.push_back(index_of(name, item));
+  std::vector<int64_t>& integers = extra().integers;
+  for (const py::handle item : py::reinterpret_borrow<py::sequence>(items)) integers.push_back(index_of(name, item));
   kind_ = Kind::kSequence;
   object_ = std::move(items);
-  shape_[0] = static_cast<int64_t>(integers_.size());
-  tensor_ = {integers_.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, shape_, nullptr, 0};
+  shape_[0] = static_cast<int64_t>(integers.size());
+  tensor_ = {integers.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, shape_, nullptr, 0};
 }
 
 void Array::make(const Array& like, int rank, const int64_t* shape, DLDataType dtype) {
@@ -123,7 +124,7 @@ void Array::make(const Array& like, int rank, const int64_t* shape, DLDataType d
   } else if (kind_ == Kind::kExchange) {
     read_foreign("", allocate(*like.exchange_, rank, shape, dtype), false);
   } else {
-    taker_ = like.object_;
+    extra().taker = like.object_;
     object_ = py::cast(OwnArray(rank, shape, dtype));
     view(object_.cast<OwnArray&>().tensor());
   }
@@ -135,11 +136,11 @@ void Array::make(const Array& like, std::initializer_list<int64_t> shape, DLData
 
 py::object Array::object() const {
   if (!present()) return py::none();
-  return taker_ ? hand_over(object_, taker_) : object_;
+  return extra_ != nullptr && extra_->taker ? hand_over(object_, extra_->taker) : object_;
 }
 
 py::object Array::numpy() const {
-  if (kind_ == Kind::kNumpy && !original_) return object_;
+  if (kind_ == Kind::kNumpy && extra_ == nullptr) return object_;
   return numpy::copy(numpy::over(tensor_, py::handle(), false));
 }
 
@@ -152,7 +153,7 @@ bool Array::make_contiguous() {
 }
 
 void Array::copy_back() {
-  if (writable_ && original_) numpy::copy_into(original_, copy_);
+  if (writable_ && extra_ != nullptr && extra_->original) numpy::copy_into(extra_->original, extra_->copy);
 }
 
 void Array::make_rows() {
@@ -179,6 +180,11 @@ void Array::make_rows() {
   tensor_.ndim = 2;
 }
 
+Array::Extra& Array::extra() {
+  if (extra_ == nullptr) extra_ = std::make_unique<Extra>();
+  return *extra_;
+}
+
 void Array::read_foreign(const char* name, py::handle object, bool to_write) {
   name_ = name;
   object_ = py::reinterpret_borrow<py::object>(object);
@@ -188,10 +194,11 @@ void Array::read_foreign(const char* name, py::handle object, bool to_write) {
   kind_ = exchange_ != nullptr ? Kind::kExchange : Kind::kDlpack;
   if (exchange_ != nullptr && exchange_->borrow_from_object != nullptr && !to_write)
     return view(borrow(name, *exchange_, object));
-  managed_ = exchange_ != nullptr ? take(name, *exchange_, object) : take(name, object);
-  view(managed_.tensor());
-  writable_ = !managed_.legacy() && (managed_.flags() & dlpack::kReadOnly) == 0;
-  if (to_write && (managed_.flags() & dlpack::kIsCopied) != 0)
+  Managed& managed = extra().managed;
+  managed = exchange_ != nullptr ? take(name, *exchange_, object) : take(name, object);
+  view(managed.tensor());
+  writable_ = !managed.legacy() && (managed.flags() & dlpack::kReadOnly) == 0;
+  if (to_write && (managed.flags() & dlpack::kIsCopied) != 0)
     raise(FWP_ARGUMENT_ERROR,
           std::string(name) + ": expected memory to write to, got a copy of it from " + qualified_type_name(object));
 }
@@ -250,9 +257,9 @@ void Array::view(const DLTensor& tensor) {
 }
 
 void Array::use_copy() {
-  original_ = numpy::over(tensor_, py::handle(), true);
-  copy_ = numpy::copy(original_);
-  const auto& array = numpy::fields(copy_);
+  extra().original = numpy::over(tensor_, py::handle(), true);
+  extra().copy = numpy::copy(extra().original);
+  const auto& array = numpy::fields(extra().copy);
   const int64_t item = tensor_.dtype.bits / 8;
   for (int i = 0; i < array.nd; ++i) strides_[i] = array.strides[i] / item;
   tensor_.data = array.data;

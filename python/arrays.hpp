@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
 #include <vector>
 
 #include "fwp/fwp.h"
@@ -62,15 +63,21 @@ class Array {
   void view(const DLTensor& tensor);
   void use_copy();
 
+  // What a plain NumPy array does without.
+  struct Extra {
+    Managed managed;                  // what a capsule held
+    pybind11::object taker;           // an array of the framework that takes over what was made
+    pybind11::object original, copy;  // of use_copy, as bits in NumPy arrays
+    std::vector<int64_t> integers;    // of a sequence
+  };
+  Extra& extra();
+
   Kind kind_ = Kind::kAbsent;
   bool writable_ = false;
   const char* name_ = "";
   const dlpack::ExchangeApi* exchange_ = nullptr;
   pybind11::object object_;
-  pybind11::object taker_;  // an array of the framework that takes over what was made
-  Managed managed_;
-  pybind11::object original_, copy_;  // of use_copy, as bits in NumPy arrays
-  std::vector<int64_t> integers_;
+  std::unique_ptr<Extra> extra_;
   DLTensor tensor_;
   int64_t shape_[kMaxRank];
   int64_t strides_[kMaxRank];

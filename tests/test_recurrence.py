@@ -1,19 +1,18 @@
 """The scans as plain functions of arrays: on torch, against the oracle, with torch's own gradients."""
 
+import numpy as np
 import oracle
 import pytest
 from cases import exact_gradients, exact_scan, make_case
 from hypothesis import given
 from strategies import cases, feature_cases
 from tolerances import assert_close, assert_gradients_close
-from torch_cases import array, loss, present, tensors
+from torch_cases import array, loss, parameters, present, tensors
+
+from fwp_core.adapters import recurrence
 
 torch = pytest.importorskip("torch")
 
-import numpy as np  # noqa: E402
-
-from fwp_core.adapters import recurrence  # noqa: E402
-from fwp_core.adapters.torch_call import parameters  # noqa: E402
 
 precise = {"dtypes": (np.float64,), "times": (0, 1, 2, 7), "sizes": (0, 1, 3, 8)}
 

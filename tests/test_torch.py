@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from itertools import pairwise
 
 import cases as numpy_cases
 import numpy as np
@@ -17,7 +18,6 @@ import fwp_core as fwp
 
 torch = pytest.importorskip("torch")
 
-import fwp_core.torch as fwp_torch  # noqa: E402
 
 all_rules = pytest.mark.parametrize("rule", RULES)
 halves = pytest.mark.parametrize("dtype", DTYPES[2:], ids=["float16", "bfloat16"])
@@ -123,7 +123,9 @@ def test_negative_bit():
         STEP["delta"](q, k, v, beta, state=state)
 
 
-@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "kind", [list, tuple, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32)]
+)
 def test_lengths_of_any_kind(kind):
     case = make_case("delta", lengths=(3, 0, 4))
     lengths = kind([0, 3, 3, 7])
@@ -139,7 +141,9 @@ def test_lengths_may_change_after_the_call():
     o, _ = SCAN["delta"](*inputs[:5], cu_seqlens=lengths)
     lengths[1] = 6
     o.backward(tensor(case.do))
-    assert_gradients_bits_equal([x if x is None else array(x.grad) for x in inputs], numpy_cases.gradients(case))
+    assert_gradients_bits_equal(
+        [x if x is None else array(x.grad) for x in inputs], numpy_cases.gradients(case)
+    )
 
 
 # Plain calls.
@@ -155,12 +159,12 @@ def test_backward_and_vjp(rule):
     assert isinstance(found, fwp.Gradients)
     assert_bits(found, numpy_cases.gradients(case))
     for fn in (SCAN[rule], numpy_cases.SCAN[rule]):
-        results, pullback = fwp_torch.vjp(fn, *inputs, **more)
+        results, pullback = fwp.torch.vjp(fn, *inputs, **more)
         assert_bits(results, numpy_cases.scan(case))
         for _ in range(2):
             assert_bits(pullback(do, dfinal_state), numpy_cases.gradients(case))
     with pytest.raises(fwp.ArgumentError, match="fn: expected fwp_core.delta_rule or"):
-        fwp_torch.vjp(torch.matmul, *inputs)
+        fwp.torch.vjp(torch.matmul, *inputs)
 
 
 @all_rules
@@ -169,16 +173,21 @@ def test_out(rule):
     *inputs, initial_state = tensors(case)
     more = {"initial_state": initial_state, **options(case)}
     expected_o, expected_state = numpy_cases.scan(case)
-    out = {"out": torch.full(expected_o.shape, torch.nan), "final_state_out": torch.full(expected_state.shape, torch.nan)}
+    out = {
+        "out": torch.full(expected_o.shape, torch.nan),
+        "final_state_out": torch.full(expected_state.shape, torch.nan),
+    }
     versions = [x._version for x in out.values()]
     o, final_state = SCAN[rule](*inputs, **more, **out)
     assert o is out["out"]
     assert final_state is out["final_state_out"]
     assert all(x._version > version for x, version in zip(out.values(), versions, strict=True))
     assert_bits((o, final_state), (expected_o, expected_state))
-    (o, _), _ = fwp_torch.vjp(SCAN[rule], *inputs, **more, **out)
+    (o, _), _ = fwp.torch.vjp(SCAN[rule], *inputs, **more, **out)
     assert o is out["out"]
-    grads = fwp.Gradients(*(None if x is None else torch.full_like(x, torch.nan) for x in (*inputs, initial_state)))
+    grads = fwp.Gradients(
+        *(None if x is None else torch.full_like(x, torch.nan) for x in (*inputs, initial_state))
+    )
     found = BACKWARD[rule](
         tensor(case.do), *inputs, dfinal_state=tensor(case.dfinal_state), out=grads, **more
     )
@@ -244,7 +253,7 @@ def test_feature_maps_and_diagnose():
     assert_bits((adapter.feature_forward(phi, x),), (phi(case.q),))
     assert_bits((adapter.feature_backward(phi, dy, x),), (phi.backward(dy.numpy(), case.q),))
     *inputs, initial_state = tensors(case)
-    found = fwp_torch.diagnose(SCAN["delta"], *inputs, initial_state=initial_state, **options(case))
+    found = fwp.torch.diagnose(SCAN["delta"], *inputs, initial_state=initial_state, **options(case))
     expected = fwp.diagnose(fwp.delta_rule, *case.inputs, **case.options)
     for name, probe in expected.probes().items():
         assert_bits_equal(found.probes()[name], probe, name)
@@ -254,7 +263,7 @@ def test_feature_maps_and_diagnose():
 def test_diagnose_of_halves(dtype):
     case = make_case("delta", dtype=dtype, gate_dtype=np.float32)
     q, k, v, beta, *_ = tensors(case)
-    found = fwp_torch.diagnose(fwp.delta_rule, q, k, v, beta)
+    found = fwp.torch.diagnose(fwp.delta_rule, q, k, v, beta)
     expected = fwp.diagnose(fwp.delta_rule, case.q, case.k, case.v, case.beta)
     assert_bits_equal(found.contrast, expected.contrast)
 
@@ -266,7 +275,7 @@ def test_a_switch_between_forward_and_backward():
     """Checkpoints belong to one level; another makes its own and gives its own bits."""
     levels = fwp.available_isas()
     case = make_case("delta", "scalar", T=300, K=32, V=32)
-    for before, after in zip(levels, levels[1:], strict=False):
+    for before, after in pairwise(levels):
         with fwp.use_isa(before):
             inputs = tensors(case, requires_grad=True)
             o, final_state = scan(case, inputs)
@@ -330,8 +339,16 @@ BAD = {
     "a list": (lambda x: x.tolist(), fwp.DTypeError, "expected a torch.Tensor, as q, got list"),
     "an array": (lambda x: x.numpy(), fwp.DTypeError, "expected a torch.Tensor, as q, got ndarray"),
     "a subclass": (lambda x: x.as_subclass(Subclass), fwp.DTypeError, "no subclass, got Subclass"),
-    "meta": (lambda x: x.to("meta"), fwp.DeviceError, "expected a tensor that has memory, got one on device meta"),
-    "sparse": (lambda x: x.to_sparse(), fwp.UnsupportedError, "expected a strided tensor, got layout torch.sparse_coo"),
+    "meta": (
+        lambda x: x.to("meta"),
+        fwp.DeviceError,
+        "expected a tensor that has memory, got one on device meta",
+    ),
+    "sparse": (
+        lambda x: x.to_sparse(),
+        fwp.UnsupportedError,
+        "expected a strided tensor, got layout torch.sparse_coo",
+    ),
     "quantised": (
         lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
         fwp.DTypeError,
@@ -352,7 +369,7 @@ def test_bad_tensors(name, kind):
     arguments = good()
     arguments[name] = change(arguments[name])
     with pytest.raises(error, match=message) as caught:
-        fwp_torch.delta_rule(**arguments)
+        fwp.torch.delta_rule(**arguments)
     if name != "q":  # whose dtype and shape the others are compared with
         assert str(caught.value).startswith(f"{name}:")
 
@@ -363,9 +380,9 @@ def test_fake_tensors():
     mode = FakeTensorMode()
     fake = {name: mode.from_tensor(x) for name, x in good().items()}
     with pytest.raises(fwp.DTypeError, match="q: expected a torch.Tensor, no subclass, got FakeTensor"):
-        fwp_torch.delta_rule(**fake)
+        fwp.torch.delta_rule(**fake)
     with mode:
-        o, final_state = fwp_torch.delta_rule(**fake)
+        o, final_state = fwp.torch.delta_rule(**fake)
     assert (o.shape, final_state.shape) == ((2, 3, 2, 4), (2, 2, 4, 4))
 
 
@@ -374,9 +391,9 @@ def test_outputs_are_not_differentiable():
     arguments["k"].requires_grad_()
     out = torch.empty(2, 3, 2, 4)
     with pytest.raises(fwp.UnsupportedError, match="k: expected a tensor that requires no gradient"):
-        fwp_torch.delta_rule(**arguments, out=out)
+        fwp.torch.delta_rule(**arguments, out=out)
     with torch.no_grad():
-        assert fwp_torch.delta_rule(**arguments, out=out)[0] is out
+        assert fwp.torch.delta_rule(**arguments, out=out)[0] is out
 
 
 def plain_calls(arguments):
@@ -386,10 +403,10 @@ def plain_calls(arguments):
     from fwp_core.adapters import torch as adapter
 
     return {
-        "backward": lambda: fwp_torch.delta_rule_backward(do, q, k, v, beta, g, initial_state=state),
-        "vjp": lambda: fwp_torch.vjp(fwp.delta_rule, q, k, v, beta, g, initial_state=state),
-        "step": lambda: fwp_torch.delta_rule_step(q, k, v, beta, g, state=state.detach().clone()),
-        "diagnose": lambda: fwp_torch.diagnose(fwp.delta_rule, q, k, v, beta, g),
+        "backward": lambda: fwp.torch.delta_rule_backward(do, q, k, v, beta, g, initial_state=state),
+        "vjp": lambda: fwp.torch.vjp(fwp.delta_rule, q, k, v, beta, g, initial_state=state),
+        "step": lambda: fwp.torch.delta_rule_step(q, k, v, beta, g, state=state.detach().clone()),
+        "diagnose": lambda: fwp.torch.diagnose(fwp.delta_rule, q, k, v, beta, g),
         "map": lambda: adapter.feature_forward(phi, k),
     }
 
@@ -398,7 +415,9 @@ def plain_calls(arguments):
 def test_plain_calls_refuse_gradients(name):
     arguments = good()
     arguments["k"].requires_grad_()
-    with pytest.raises(fwp.UnsupportedError, match=r"(k|x): expected a tensor that requires no gradient.*detach\(\)"):
+    with pytest.raises(
+        fwp.UnsupportedError, match=r"(k|x): expected a tensor that requires no gradient.*detach\(\)"
+    ):
         plain_calls(arguments)[name]()
     with torch.no_grad():
         plain_calls(arguments)[name]()
@@ -427,31 +446,31 @@ def test_a_state_that_requires_grad_is_not_stepped():
     arguments = good()
     state = arguments.pop("initial_state").requires_grad_()
     with pytest.raises(fwp.UnsupportedError, match="state: expected a tensor that requires no gradient"):
-        fwp_torch.delta_rule_step(**arguments, state=state)
+        fwp.torch.delta_rule_step(**arguments, state=state)
 
 
 def test_bad_outputs():
     arguments = good()
     before = arguments["q"].clone()
     with pytest.raises(fwp.FwpError, match="out"):
-        fwp_torch.delta_rule(**arguments, out=arguments["v"])
+        fwp.torch.delta_rule(**arguments, out=arguments["v"])
     with pytest.raises(fwp.FwpError, match="out"):
-        fwp_torch.delta_rule(**arguments, out=torch.empty(1).expand(2, 3, 2, 4))
+        fwp.torch.delta_rule(**arguments, out=torch.empty(1).expand(2, 3, 2, 4))
     with pytest.raises(fwp.ShapeError, match="out"):
-        fwp_torch.delta_rule(**arguments, out=torch.empty(2, 3, 2, 5))
+        fwp.torch.delta_rule(**arguments, out=torch.empty(2, 3, 2, 5))
     assert torch.equal(arguments["q"], before)
 
 
 def test_missing_arguments():
     q, k, v, beta, g, _ = good().values()
     with pytest.raises(fwp.DTypeError, match="beta: expected"):
-        fwp_torch.delta_rule(q, k, v, None, g)
+        fwp.torch.delta_rule(q, k, v, None, g)
     with pytest.raises(fwp.DTypeError, match="do: expected"):
-        fwp_torch.delta_rule_backward(None, q, k, v, beta)
+        fwp.torch.delta_rule_backward(None, q, k, v, beta)
     with pytest.raises(fwp.DTypeError, match="state: expected"):
-        fwp_torch.delta_rule_step(q, k, v, beta, state=None)
+        fwp.torch.delta_rule_step(q, k, v, beta, state=None)
     with pytest.raises(fwp.DTypeError, match="feature_map: expected None or an object"):
-        fwp_torch.delta_rule(q, k, v, beta, feature_map="elu")
+        fwp.torch.delta_rule(q, k, v, beta, feature_map="elu")
 
 
 def test_a_projection_that_requires_grad():
@@ -460,4 +479,4 @@ def test_a_projection_that_requires_grad():
     object.__setattr__(phi, "_parameters", phi._parameters._replace(projection=projection))
     q, k, v, beta, *_ = good().values()
     with pytest.raises(fwp.UnsupportedError, match="projection: expected a tensor that requires no gradient"):
-        fwp_torch.delta_rule(q, k, v, beta, feature_map=phi)
+        fwp.torch.delta_rule(q, k, v, beta, feature_map=phi)

@@ -1,4 +1,4 @@
-"""Derivatives of the scans on torch tensors: of any order in reverse mode, under torch.func, never in forward mode."""
+"""Derivatives of the scans on torch tensors: of any order in reverse mode, never in forward mode."""
 
 import numpy as np
 import pytest
@@ -10,24 +10,23 @@ import fwp_core as fwp
 
 torch = pytest.importorskip("torch")
 
-import fwp_core.torch as fwp_torch  # noqa: E402
 
 # Everything that has a second derivative of its own.
 VARIANTS = {
-    "linear": dict(rule="linear", beta=False),
-    "linear, grouped": dict(rule="linear", decay="channel", heads=(1, 2, 4)),
-    "delta": dict(rule="delta"),
-    "delta, scalar": dict(rule="delta", decay="scalar", scale=0.5),
-    "delta, channel, packed": dict(rule="delta", decay="channel", lengths=(2, 0, 3), heads=(2, 1, 2)),
-    "no state": dict(rule="delta", state=False),
-    "l2": dict(rule="delta", qk_norm="l2"),
-    "ELU1, sum": dict(rule="delta", feature_map=("ELU1",), qk_norm="sum"),
-    "Softmax": dict(rule="delta", feature_map=("Softmax",)),
-    "DPFP": dict(rule="linear", feature_map=("DPFP", 2), qk_norm="sum"),
-    "FAVOR": dict(rule="delta", feature_map=("FAVOR", 2), qk_norm="sum", heads=(1, 1, 1)),
-    "FAVOR, eps": dict(rule="delta", feature_map=("FAVOR", 2, 1e-2), heads=(1, 1, 1)),
-    "attention_norm": dict(rule="delta", decay="scalar", attention_norm=True, eps=1e-2),
-    "attention_norm, linear": dict(rule="linear", feature_map=("ELU1",), attention_norm=True),
+    "linear": {"rule": "linear", "beta": False},
+    "linear, grouped": {"rule": "linear", "decay": "channel", "heads": (1, 2, 4)},
+    "delta": {"rule": "delta"},
+    "delta, scalar": {"rule": "delta", "decay": "scalar", "scale": 0.5},
+    "delta, channel, packed": {"rule": "delta", "decay": "channel", "lengths": (2, 0, 3), "heads": (2, 1, 2)},
+    "no state": {"rule": "delta", "state": False},
+    "l2": {"rule": "delta", "qk_norm": "l2"},
+    "ELU1, sum": {"rule": "delta", "feature_map": ("ELU1",), "qk_norm": "sum"},
+    "Softmax": {"rule": "delta", "feature_map": ("Softmax",)},
+    "DPFP": {"rule": "linear", "feature_map": ("DPFP", 2), "qk_norm": "sum"},
+    "FAVOR": {"rule": "delta", "feature_map": ("FAVOR", 2), "qk_norm": "sum", "heads": (1, 1, 1)},
+    "FAVOR, eps": {"rule": "delta", "feature_map": ("FAVOR", 2, 1e-2), "heads": (1, 1, 1)},
+    "attention_norm": {"rule": "delta", "decay": "scalar", "attention_norm": True, "eps": 1e-2},
+    "attention_norm, linear": {"rule": "linear", "feature_map": ("ELU1",), "attention_norm": True},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 all_rules = pytest.mark.parametrize("rule", RULES)
@@ -35,7 +34,7 @@ ignore_jit = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 
 def small(rule, decay="none", **more):
-    sizes = dict(B=1, T=3, K=2, V=2, heads=(1, 1, 2), dtype=np.float64)
+    sizes = {"B": 1, "T": 3, "K": 2, "V": 2, "heads": (1, 1, 2), "dtype": np.float64}
     return make_case(rule, decay, **sizes | more)
 
 
@@ -118,7 +117,7 @@ def test_a_chain_of_segments():
     q, k, v, beta, g, state = parts = tensors(case, True)
     rows = []
     for t in (slice(0, 1), slice(1, 4), slice(4, 6)):
-        o, state = fwp_torch.delta_rule(*(x[:, t] for x in (q, k, v, beta, g)), initial_state=state)
+        o, state = fwp.torch.delta_rule(*(x[:, t] for x in (q, k, v, beta, g)), initial_state=state)
         rows.append(o)
     loss((torch.cat(rows, dim=1), state), case).backward()
     same([x.grad for x in parts], [x.grad for x in whole])
@@ -157,9 +156,13 @@ def test_vmap(lengths, unbatched):
     """Over axes here and there; inputs that have no such axis are shared. One call of the kernel."""
     case = small("delta", "scalar", lengths=lengths, heads=(1, 2, 2))
     inputs = tensors(case)
-    stacked = [x if i in unbatched else torch.stack([x, 0.5 * x, -x], dim=i % 3) for i, x in enumerate(inputs)]
+    stacked = [
+        x if i in unbatched else torch.stack([x, 0.5 * x, -x], dim=i % 3) for i, x in enumerate(inputs)
+    ]
     dims = tuple(None if i in unbatched else i % 3 for i in range(6))
-    each = [[x if d is None else x.select(d, n) for x, d in zip(stacked, dims, strict=True)] for n in range(3)]
+    each = [
+        [x if d is None else x.select(d, n) for x, d in zip(stacked, dims, strict=True)] for n in range(3)
+    ]
 
     o, final_state = torch.func.vmap(scan_of(case), in_dims=dims)(*stacked)
     for n, inputs in enumerate(each):
@@ -175,7 +178,10 @@ def test_vmap_out_of_grad():
     case = small("delta")
     inputs = present(tensors(case))
     many = [torch.stack([x, 0.5 * x]) for x in inputs]
-    total = lambda *x: sum(y.sum() for y in torch.func.vmap(scan_of(case))(*x))  # noqa: E731
+
+    def total(*x):
+        return sum(y.sum() for y in torch.func.vmap(scan_of(case))(*x))
+
     found = torch.func.grad(total, tuple(range(len(many))))(*many)
     for n in range(2):
         one = [x[n].clone().requires_grad_() for x in many]
@@ -209,7 +215,10 @@ def test_jacrev(lengths):
 def test_jacrev_of_jacrev():
     case = small("delta", "scalar")
     _, *rest = present(tensors(case))
-    total = lambda k: loss(scan_of(case)(tensor(case.q), k, *rest[1:]), case)  # noqa: E731
+
+    def total(k):
+        return loss(scan_of(case)(tensor(case.q), k, *rest[1:]), case)
+
     found = torch.func.jacrev(torch.func.jacrev(total))(tensor(case.k))
     same([found], [torch.autograd.functional.hessian(total, tensor(case.k))])
     flat = found.reshape(case.k.size, case.k.size)
@@ -222,7 +231,9 @@ def test_jacrev_of_jacrev():
 def transformations():
     case = small("delta")
     q, *rest = present(tensors(case))
-    o = lambda q: scan_of(case)(q, *rest)[0]  # noqa: E731
+
+    def o(q):
+        return scan_of(case)(q, *rest)[0]
 
     def dual():
         with torch.autograd.forward_ad.dual_level():
@@ -308,5 +319,5 @@ def test_autocast_leaves_float64_and_steps_in_its_dtype():
     case = make_case("delta", T=1)
     state = torch.zeros(2, 2, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        o = fwp_torch.delta_rule_step(*(x[:, 0] for x in tensors(case)[:4]), state=state)
+        o = fwp.torch.delta_rule_step(*(x[:, 0] for x in tensors(case)[:4]), state=state)
     assert o.dtype == torch.bfloat16

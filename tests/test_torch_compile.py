@@ -1,4 +1,4 @@
-"""The scans as operators: torch.compile without graph breaks, torch.export, and torch's own checks of operators."""
+"""The scans as operators: torch.compile without graph breaks, torch.export, torch's own checks."""
 
 import subprocess
 import sys
@@ -7,24 +7,22 @@ import numpy as np
 import pytest
 import torch_cases
 from cases import RULES, make_case
-from torch_cases import SCAN, STEP, array, loss, options, present, scan, scan_of, tensor, tensors
+from torch_cases import SCAN, STEP, array, loss, options, parameters, present, scan, scan_of, tensor, tensors
 
 import fwp_core as fwp
 
 torch = pytest.importorskip("torch")
 
-import fwp_core.torch as fwp_torch  # noqa: E402
-from fwp_core.adapters.torch_call import parameters  # noqa: E402
 
 VARIANTS = {
-    "linear": dict(rule="linear", beta=False, state=False),
-    "linear, grouped": dict(rule="linear", decay="channel", heads=(1, 2, 4)),
-    "delta, packed": dict(rule="delta", decay="scalar", lengths=(2, 0, 3), qk_norm="l2"),
-    "delta, halves": dict(rule="delta", decay="scalar", dtype=np.float16, gate_dtype=np.float32),
-    "DPFP": dict(rule="delta", feature_map=("DPFP", 2), qk_norm="sum"),
-    "FAVOR": dict(rule="delta", feature_map=("FAVOR", 3, 1e-2), heads=(1, 1, 1)),
-    "attention_norm": dict(rule="linear", feature_map=("ELU1",), attention_norm=True),
-    "empty": dict(rule="delta", B=0, T=0),
+    "linear": {"rule": "linear", "beta": False, "state": False},
+    "linear, grouped": {"rule": "linear", "decay": "channel", "heads": (1, 2, 4)},
+    "delta, packed": {"rule": "delta", "decay": "scalar", "lengths": (2, 0, 3), "qk_norm": "l2"},
+    "delta, halves": {"rule": "delta", "decay": "scalar", "dtype": np.float16, "gate_dtype": np.float32},
+    "DPFP": {"rule": "delta", "feature_map": ("DPFP", 2), "qk_norm": "sum"},
+    "FAVOR": {"rule": "delta", "feature_map": ("FAVOR", 3, 1e-2), "heads": (1, 1, 1)},
+    "attention_norm": {"rule": "linear", "feature_map": ("ELU1",), "attention_norm": True},
+    "empty": {"rule": "delta", "B": 0, "T": 0},
 }
 QUICK = ("linear", "delta, packed", "FAVOR")
 variants = pytest.mark.parametrize(
@@ -40,7 +38,7 @@ def _fresh_compiler():
 
 
 def small(rule, decay="none", **more):
-    return make_case(rule, decay, **dict(B=2, T=5, K=4, V=3) | more)
+    return make_case(rule, decay, **{"B": 2, "T": 5, "K": 4, "V": 3} | more)
 
 
 def compiled(fn, backend="aot_eager", **more):
@@ -214,7 +212,10 @@ def test_compiled_vmap():
 def test_forward_mode_raises_when_compiled():
     case = small("delta")
     q, *rest = present(tensors(case))
-    o = lambda q: scan_of(case)(q, *rest)[0]  # noqa: E731
+
+    def o(q):
+        return scan_of(case)(q, *rest)[0]
+
     with pytest.raises(Exception, match="forward-mode"):
         compiled(lambda q: torch.func.jvp(o, (q,), (q,)))(q)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(Exception, match="forward-mode"):
@@ -225,8 +226,8 @@ def test_second_derivatives_raise_when_compiled():
     case = small("delta")
     inputs = present(tensors(case, requires_grad=True))
     o, _ = compiled(scan_of(case))(*inputs)
+    (dq,) = torch.autograd.grad(o.sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="does not (currently )?support double backward"):
-        (dq,) = torch.autograd.grad(o.sum(), inputs[0], create_graph=True)
         dq.sum().backward()
 
 

@@ -1,9 +1,14 @@
 """FastWeightAttention: one recurrence however it is cut into calls, and a module like any other."""
 
 import copy
+import doctest
 import gc
+import importlib.util
 import pickle
+import re
 import weakref
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,22 +18,27 @@ import fwp_core as fwp
 
 torch = pytest.importorskip("torch")
 
-from fwp_core.torch import FastWeightAttention, FastWeightState  # noqa: E402
+FastWeightAttention, FastWeightState = fwp.torch.FastWeightAttention, fwp.torch.FastWeightState
 
+ROOT = Path(__file__).parents[1]
 D = 16
 KINDS = {
     "delta": {},
-    "gated delta": dict(gate="scalar", taps=4, output_gate=True),
-    "channel gates, grouped": dict(gate="channel", taps=3, key_heads=1, key_size=4, value_size=6),
-    "linear": dict(rule="linear", qk_norm=None, output_norm=False),
-    "linear transformer": dict(
-        rule="linear", feature_map=fwp.feature_maps.ELU1(), qk_norm=None, attention_norm=True
-    ),
-    "gated linear": dict(rule="linear", gate="channel", key_size=4, taps=2),
-    "DPFP": dict(feature_map=fwp.feature_maps.DPFP(2), qk_norm="sum", taps=1),
-    "FAVOR": dict(
-        feature_map=fwp.feature_maps.FAVOR(fwp.feature_maps.orthogonal_gaussian(6, 8, 0)), qk_norm="sum"
-    ),
+    "gated delta": {"gate": "scalar", "taps": 4, "output_gate": True},
+    "channel gates, grouped": {"gate": "channel", "taps": 3, "key_heads": 1, "key_size": 4, "value_size": 6},
+    "linear": {"rule": "linear", "qk_norm": None, "output_norm": False},
+    "linear transformer": {
+        "rule": "linear",
+        "feature_map": fwp.feature_maps.ELU1(),
+        "qk_norm": None,
+        "attention_norm": True,
+    },
+    "gated linear": {"rule": "linear", "gate": "channel", "key_size": 4, "taps": 2},
+    "DPFP": {"feature_map": fwp.feature_maps.DPFP(2), "qk_norm": "sum", "taps": 1},
+    "FAVOR": {
+        "feature_map": fwp.feature_maps.FAVOR(fwp.feature_maps.orthogonal_gaussian(6, 8, 0)),
+        "qk_norm": "sum",
+    },
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -69,7 +79,10 @@ def test_steps_are_one_call(kind):
     layer, x = make(kind), text()
     y, state = layer(x)
     carried = layer.initial_state(2)
-    parts = [layer.step(x[:, t], carried) for t in (slice(0, 1), slice(1, 4), *(slice(t, t + 1) for t in range(4, 9)))]
+    parts = [
+        layer.step(x[:, t], carried)
+        for t in (slice(0, 1), slice(1, 4), *(slice(t, t + 1) for t in range(4, 9)))
+    ]
     same((torch.cat(parts, dim=1), y), *zip(carried, state, strict=True))
     assert not parts[0].requires_grad
 
@@ -82,7 +95,7 @@ def test_packed_sequences_are_calls_of_their_own(kind):
     y, state = layer(x, before, cu_seqlens=lengths)
     again, _ = layer(x, before, cu_seqlens=torch.tensor(lengths))
     assert torch.equal(y, again)
-    for n, (start, end) in enumerate(zip(lengths, lengths[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(lengths)):
         one = FastWeightState(*(None if part is None else part[n : n + 1] for part in before))
         y_n, state_n = layer(x[:, start:end], one)
         parts = (None if part is None else part[n : n + 1] for part in state)
@@ -197,7 +210,9 @@ def test_copies_and_state_dict(kind):
     assert torch.equal(copy.deepcopy(layer)(x)[0], y)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x)[0], y)
     torch.manual_seed(1)
-    more = KINDS[kind] | ({"feature_map": fwp.feature_maps.FAVOR(np.ones((6, 8), np.float32))} if kind == "FAVOR" else {})
+    more = KINDS[kind] | (
+        {"feature_map": fwp.feature_maps.FAVOR(np.ones((6, 8), np.float32))} if kind == "FAVOR" else {}
+    )
     other = FastWeightAttention(D, 2, **more).double()
     assert not torch.equal(other(x)[0], y)
     other.load_state_dict(layer.state_dict())
@@ -209,7 +224,7 @@ def test_copies_and_state_dict(kind):
 @pytest.mark.parametrize("kind", ["gated delta", "FAVOR", "linear transformer"])
 def test_precisions(kind, dtype):
     layer, x = make(kind), text()
-    y, state = layer(x)
+    y, _ = layer(x)
     low, state_low = make(kind).to(dtype)(x.to(dtype))
     assert low.dtype == dtype
     assert state_low.memory.dtype == torch.float32
@@ -260,7 +275,9 @@ def test_meta_device_and_training_flag():
     layer = FastWeightAttention(D, 2, gate="scalar", taps=4, device="meta").to_empty(device="cpu")
     layer.reset_parameters()
     assert torch.isfinite(layer(text(dtype=torch.float32))[0]).all()
-    assert torch.equal(layer.eval()(text(dtype=torch.float32))[0], layer.train()(text(dtype=torch.float32))[0])
+    assert torch.equal(
+        layer.eval()(text(dtype=torch.float32))[0], layer.train()(text(dtype=torch.float32))[0]
+    )
 
 
 def test_nothing_outlives_the_graph():
@@ -297,19 +314,51 @@ def test_several_layers_learn():
     assert losses[-1] < 0.5 * losses[0]
 
 
+# What is written about it.
+
+
+def test_the_page_of_the_documentation():
+    """Its code runs, in order, and its assertions hold."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    page = ROOT / "docs" / "torch.md"
+    if not page.exists():
+        pytest.skip("not a checkout")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    exec(compile("".join(blocks), str(page), "exec"), {})
+
+
+def test_the_docstring():
+    module = importlib.import_module("fwp_core.adapters.torch_layer")
+    assert doctest.testmod(module) == (0, 5)
+
+
+def test_the_example_learns():
+    spec = importlib.util.spec_from_file_location("torch_training", ROOT / "examples" / "torch_training.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    right = example.train(120)
+    assert np.mean(right[:5]) < 0.3
+    assert np.mean(right[-10:]) > 0.9
+
+
 # Errors.
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(hidden_size=0, heads=2), "hidden_size: expected at least 1, got 0"),
-        (dict(hidden_size=16, heads=0), "heads: expected at least 1, got 0"),
-        (dict(hidden_size=16, heads=2, key_heads=3), "key_heads: expected a divisor of 2 heads, got 3"),
-        (dict(hidden_size=16, heads=2, rule="sum"), "rule: expected 'delta' or 'linear', got 'sum'"),
-        (dict(hidden_size=16, heads=2, gate="head"), "gate: expected None, 'scalar' or 'channel', got 'head'"),
-        (dict(hidden_size=16, heads=2, taps=-1), "taps: expected 0 or more, got -1"),
-        (dict(hidden_size=16, heads=2, key_size=-4), "key_size: expected at least 1, got -4"),
+        ({"hidden_size": 0, "heads": 2}, "hidden_size: expected at least 1, got 0"),
+        ({"hidden_size": 16, "heads": 0}, "heads: expected at least 1, got 0"),
+        ({"hidden_size": 16, "heads": 2, "key_heads": 3}, "key_heads: expected a divisor of 2 heads, got 3"),
+        ({"hidden_size": 16, "heads": 2, "rule": "sum"}, "rule: expected 'delta' or 'linear', got 'sum'"),
+        (
+            {"hidden_size": 16, "heads": 2, "gate": "head"},
+            "gate: expected None, 'scalar' or 'channel', got 'head'",
+        ),
+        ({"hidden_size": 16, "heads": 2, "taps": -1}, "taps: expected 0 or more, got -1"),
+        ({"hidden_size": 16, "heads": 2, "key_size": -4}, "key_size: expected at least 1, got -4"),
     ],
 )
 def test_bad_parameters(arguments, message):

@@ -4,13 +4,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import fwp_core as fwp
+
 torch = pytest.importorskip("torch")
 
-import fwp_core.torch as fwp_torch  # noqa: E402
 
-SCAN = {"linear": fwp_torch.linear_attention, "delta": fwp_torch.delta_rule}
-BACKWARD = {"linear": fwp_torch.linear_attention_backward, "delta": fwp_torch.delta_rule_backward}
-STEP = {"linear": fwp_torch.linear_attention_step, "delta": fwp_torch.delta_rule_step}
+SCAN = {"linear": fwp.torch.linear_attention, "delta": fwp.torch.delta_rule}
+BACKWARD = {"linear": fwp.torch.linear_attention_backward, "delta": fwp.torch.delta_rule_backward}
+STEP = {"linear": fwp.torch.linear_attention_step, "delta": fwp.torch.delta_rule_step}
 INPUTS = ("q", "k", "v", "beta", "g", "initial_state")
 
 
@@ -80,3 +81,10 @@ def gradients(case):
         incoming.append((final_state, tensor(case.dfinal_state)))
     torch.autograd.backward(*zip(*incoming, strict=True))
     return [None if x is None else x.grad for x in inputs]
+
+
+def parameters(phi):
+    """A feature map as the operators take it, its projection a tensor."""
+    from fwp_core.adapters import torch_call
+
+    return torch_call.parameters(phi)

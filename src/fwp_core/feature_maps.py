@@ -195,7 +195,7 @@ class FAVOR(FeatureMap):
 
     __slots__ = ()
 
-    def __init__(self, projection: Array, eps: float = 0.0) -> None:
+    def __init__(self, projection: Any, eps: float = 0.0) -> None:
         if projection is None:
             raise DTypeError("projection: expected an array, got None")
         if isinstance(eps, bool) or not isinstance(eps, (float, int, np.floating, np.integer)):

@@ -39,10 +39,12 @@ def adapter(x: object) -> ModuleType | None:
 def _imported(name: str) -> ModuleType:
     # By statements: torch.compile follows those, and not importlib.
     if name == "torch":
-        from . import torch as module
-    else:
-        from . import jax as module
-    return module
+        from . import torch
+
+        return torch
+    from . import jax
+
+    return jax
 
 
 def routed_by(argument: str) -> Callable[[_Function], _Function]:

@@ -19,7 +19,7 @@ from .._core import ArgumentError, DeviceError, DTypeError, UnsupportedError
 from ..feature_maps import FeatureMap, Parameters
 from ..ops import Gradients, QKNorm
 from . import torch_ops
-from .torch_autograd import Scan, refuse_forward_mode
+from .torch_autograd import refuse_forward_mode, scan
 from .torch_call import STEPS, Call, parameters
 
 Integers: TypeAlias = Any  # a sequence, or an array of any framework
@@ -51,10 +51,10 @@ def delta_rule(
     Parameters
     ----------
     q, k, v, beta, g, initial_state : Tensor
-        As there. Gradients flow to all six, of any order, in reverse mode; those of the first order are exact
-        and cost what :func:`fwp_core.vjp` costs. Higher ones walk over the tokens in operations of torch, and
-        take memory for all states. Under ``torch.autocast`` q, k and v are taken in its dtype, as for a matrix
-        product, and beta, g and initial_state in float32; float64 stays.
+        As there. Gradients flow to all six, of any order, in reverse mode; those of the first order are
+        exact and cost what :func:`fwp_core.vjp` costs. Higher ones walk over the tokens in operations of
+        torch, and take memory for all states. Under ``torch.autocast`` q, k and v are taken in its dtype, as
+        for a matrix product, and beta, g and initial_state in float32; float64 stays.
     feature_map, qk_norm, attention_norm, eps, scale
         As there. Under ``torch.compile`` the map is to be made outside the compiled function. The projection
         of FAVOR, a tensor or a NumPy array, gets no gradient; a tensor that requires one is an error.
@@ -127,9 +127,9 @@ def delta_rule_backward(
     initial_state: Tensor | None = None,
     cu_seqlens: Integers | None = None,
 ) -> Gradients:
-    """Return the gradients of :func:`delta_rule`, not differentiable; see :func:`fwp_core.delta_rule_backward`.
+    """Return the gradients of :func:`delta_rule`; see :func:`fwp_core.delta_rule_backward`.
 
-    Tensors that require a gradient are an UnsupportedError while grad mode is on.
+    Not differentiable: tensors that require a gradient are an UnsupportedError while grad mode is on.
     """
     options = ("delta_rule", feature_map, qk_norm, attention_norm, eps, scale)
     return _backward((q, k, v, beta, g, initial_state), options, cu_seqlens, do, dfinal_state, out)
@@ -182,7 +182,7 @@ def vjp(
     """
     inputs = _plain(_INPUTS, (q, k, v, beta, g, initial_state))
     options = (_rule(fn), feature_map, qk_norm, attention_norm, eps, scale)
-    call = Call(*options, _lengths(cu_seqlens), _core.isa())
+    call = Call(*(*options, _lengths(cu_seqlens), _core.isa()))
     o, final_state, checkpoints = _run_scan(call, inputs, out, final_state_out)
 
     def pullback(do: Tensor, dfinal_state: Tensor | None = None, out: Gradients | None = None) -> Gradients:
@@ -232,7 +232,7 @@ def linear_attention_step(
     scale: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Take one token or a few, as :func:`delta_rule_step` does; see :func:`fwp_core.linear_attention_step`."""
+    """Take one token or a few, as :func:`delta_rule_step` does those of its rule."""
     options = ("linear_attention", feature_map, qk_norm, attention_norm, eps, scale)
     return _step((q, k, v, beta, g), state, state_indices, options, out)
 
@@ -272,19 +272,21 @@ def feature_backward(map: FeatureMap, dy: Tensor, x: Tensor) -> Tensor:
 # The kinds of calls.
 
 
-def _scan(inputs: Any, options: Any, cu_seqlens: Any, out: Any, final_state_out: Any) -> tuple[Tensor, Tensor]:
+def _scan(
+    inputs: Any, options: Any, cu_seqlens: Any, out: Any, final_state_out: Any
+) -> tuple[Tensor, Tensor]:
     _check_projection(options[1])
     if _traced():
         _refuse_outputs(out=out, final_state_out=final_state_out)
         o, final_state = torch_ops.scan(*_autocast(inputs), _integers(cu_seqlens), *_as_data(options))
         return o, final_state
     if out is not None or final_state_out is not None:
-        call = Call(*options, _lengths(cu_seqlens))
+        call = Call(*(*options, _lengths(cu_seqlens)))
         return _run_scan(call, _plain(_INPUTS, _autocast(inputs)), out, final_state_out)[:2]
     inputs = _autocast(tuple(map(_checked, _INPUTS, inputs)))
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    call = Call(*options, _lengths(cu_seqlens), _core.isa() if differentiated else None)
-    o, final_state, _ = Scan.apply(call, *inputs)
+    call = Call(*(*options, _lengths(cu_seqlens), _core.isa() if differentiated else None))
+    o, final_state, _ = scan(call, *inputs)
     return o, final_state
 
 
@@ -299,7 +301,7 @@ def _run_scan(call: Call, inputs: Any, out: Any, final_state_out: Any) -> tuple[
 def _backward(
     inputs: Any, options: Any, cu_seqlens: Any, do: Any, dfinal_state: Any, out: Gradients | None
 ) -> Gradients:
-    call = Call(*options, _lengths(cu_seqlens))
+    call = Call(*(*options, _lengths(cu_seqlens)))
     return _run_backward(call, _plain(_INPUTS, inputs), do, dfinal_state, out, None)
 
 
@@ -403,10 +405,11 @@ def _undifferentiated(name: str, x: Any, written: bool) -> Any:
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError(
-            f"{name}: expected a tensor that requires no gradient, got one that does; give {name}.detach(), or "
-            "differentiate fwp_core.torch.delta_rule or linear_attention, without out="
+            f"{name}: expected a tensor that requires no gradient, got one that does; give {name}.detach(), "
+            "or differentiate fwp_core.torch.delta_rule or linear_attention, without out="
         )
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+    unpack: Any = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and unpack(x).tangent is not None:
         refuse_forward_mode()
     return x
 
@@ -415,7 +418,7 @@ def _check_projection(feature_map: Any) -> None:
     projection = getattr(feature_map, "_parameters", (None,))[-1]
     if isinstance(projection, Tensor) and projection.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError(
-            "projection: expected a tensor that requires no gradient, got one that does; FAVOR passes none to it"
+            "projection: expected a tensor that requires no gradient, got one that does; give a detached one"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,14 +36,14 @@ class Scan(torch.autograd.Function):
         do = no_gradient(inputs) if do is None else do
         if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
             return None, *ctx.call.backward(do, dfinal_state, checkpoints, inputs)
-        gradients = iter(ScanGradients.apply(ctx.call, do, dfinal_state, checkpoints, *inputs))
+        gradients = iter(scan_gradients(ctx.call, do, dfinal_state, checkpoints, *inputs))
         return None, *(None if x is None else next(gradients) for x in inputs)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, *inputs: Tensor | None) -> Any:
         fold = Fold(info.batch_size, call.cu_seqlens is not None)
         folded = fold.inputs(inputs, in_dims[1:])
-        o, final_state, checkpoints = Scan.apply(call.repeated(fold.size), *folded)
+        o, final_state, checkpoints = scan(call.repeated(fold.size), *folded)
         # Checkpoints of all together are of no use to one: backward makes its own.
         return (fold.open(o), fold.open_state(final_state), checkpoints.new_empty(0)), (0, 0, None)
 
@@ -73,7 +73,7 @@ class ScanGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        arrays = ctx.saved_tensors
+        arrays: tuple[Any, ...] = ctx.saved_tensors
         present = [x for x in arrays if x is not None]
 
         def gradients(*given: Tensor) -> Any:
@@ -81,20 +81,26 @@ class ScanGradients(torch.autograd.Function):
             return _recurrence_gradients(ctx.call, *(None if x is None else next(values) for x in arrays))
 
         with torch.autocast(present[0].device.type, enabled=False):
-            _, pullback = torch.func.vjp(gradients, *present)
+            pullback = torch.func.vjp(gradients, *present)[1]
             results = iter(pullback(cotangents))
         ddo, ddfinal_state, *dinputs = (None if x is None else next(results) for x in arrays)
         return None, ddo, ddfinal_state, None, *dinputs
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, call: Call, do: Any, dfinal_state: Any, checkpoints: Any, *inputs: Tensor | None
+        info: Any,
+        in_dims: Any,
+        call: Call,
+        do: Any,
+        dfinal_state: Any,
+        checkpoints: Any,
+        *inputs: Tensor | None,
     ) -> Any:
         fold = Fold(info.batch_size, call.cu_seqlens is not None)
         folded = fold.inputs(inputs, in_dims[4:])
         do, dfinal_state = fold.close(do, in_dims[1]), fold.close_state(dfinal_state, in_dims[2])
         call = call.repeated(fold.size)
-        gradients = fold.open_all(ScanGradients.apply(call, do, dfinal_state, None, *folded), inputs)
+        gradients = fold.open_all(scan_gradients(call, do, dfinal_state, None, *folded), inputs)
         return gradients, (0,) * len(gradients)
 
     @staticmethod
@@ -102,15 +108,18 @@ class ScanGradients(torch.autograd.Function):
         refuse_forward_mode()
 
 
+scan: Callable[..., Any] = Scan.apply
+scan_gradients: Callable[..., Any] = ScanGradients.apply
+
 # Function.apply asks for these at every call, which takes longer than all else in it.
-Scan.forward.__signature__ = inspect.signature(Scan.forward)  # type: ignore[attr-defined]
-ScanGradients.forward.__signature__ = inspect.signature(ScanGradients.forward)  # type: ignore[attr-defined]
+for function in (Scan.forward, ScanGradients.forward):
+    vars(function)["__signature__"] = inspect.signature(function)
 
 
 def refuse_forward_mode() -> None:
     raise UnsupportedError(
-        "q: expected no forward-mode tangents (torch.func.jvp, jacfwd, dual numbers), got some; gradients are "
-        "those of reverse mode (backward, torch.func.grad, vjp, jacrev)"
+        "q: expected no forward-mode tangents (torch.func.jvp, jacfwd, dual numbers), got some; use reverse "
+        "mode (backward, torch.func.grad, vjp, jacrev)"
     )
 
 
@@ -148,26 +157,22 @@ class Fold:
         return *map(self.open, gradients[:-1]), self.open_state(gradients[-1])
 
 
-def _recurrence_gradients(
-    call: Call, do: Tensor, dfinal_state: Tensor | None, *inputs: Tensor | None
-) -> tuple[Tensor, ...]:
-    """What ``call.backward`` returns, by operations of torch."""
+def _recurrence_gradients(call: Call, *arrays: Any) -> tuple[Tensor, ...]:
+    """What ``call.backward`` returns, of do, dfinal_state and the inputs, by operations of torch."""
+    do, dfinal_state, *inputs = arrays
 
-    def scan(*given: Tensor) -> tuple[Tensor, Tensor]:
+    def results(*given: Tensor) -> tuple[Tensor, Tensor]:
         values = iter(given)
         return _recurrence(call, *(None if x is None else next(values) for x in inputs))
 
-    (_, final_state), pullback = torch.func.vjp(scan, *(x for x in inputs if x is not None))
+    (_, final_state), pullback = torch.func.vjp(results, *(x for x in inputs if x is not None))[:2]
     dfinal_state = torch.zeros_like(final_state) if dfinal_state is None else dfinal_state
     gradients: tuple[Tensor, ...] = pullback((do, dfinal_state))
     return gradients
 
 
-def _recurrence(call: Call, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-    v = inputs[2]
-    assert v is not None
-    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-    arrays = (None if x is None else x.to(wide) for x in inputs)
+def _recurrence(call: Call, *inputs: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if inputs[2].dtype == torch.float64 else torch.float32
     rule = recurrence.Rule(
         call.rule == "delta_rule",
         parameters(call.feature_map),
@@ -176,5 +181,6 @@ def _recurrence(call: Call, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         call.eps,
         call.scale,
     )
-    o, final_state = recurrence.scan(torch, rule, *arrays, call.cu_seqlens)
-    return o.to(v.dtype), final_state
+    q, k, v, beta, g, initial_state = (None if x is None else x.to(wide) for x in inputs)
+    o, final_state = recurrence.scan(torch, rule, q, k, v, beta, g, initial_state, call.cu_seqlens)
+    return o.to(inputs[2].dtype), final_state

@@ -1,8 +1,8 @@
-"""One call of a scan on torch tensors: its options, and the kernels for it. Nothing here is differentiable."""
+"""One call of a scan on torch tensors: its options and kernels. Nothing here is differentiable."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from ..feature_maps import FeatureMap, Parameters
+from ..feature_maps import Parameters
 
-KERNELS = {
+Kernel = Callable[..., Any]
+KERNELS: dict[str, tuple[Kernel, Kernel]] = {
     "linear_attention": (_core.linear_attention, _core.linear_attention_backward),
     "delta_rule": (_core.delta_rule, _core.delta_rule_backward),
 }
-STEPS = {
+STEPS: dict[str, Kernel] = {
     "linear_attention": _core.linear_attention_step,
     "delta_rule": _core.delta_rule_step,
 }
-Inputs = tuple[Tensor | None, ...]  # q, k, v, beta, g, initial_state
+Inputs = tuple[Any, ...]  # q, k, v, beta, g, initial_state
 
 
 @dataclass(eq=False, slots=True)
@@ -28,7 +29,7 @@ class Call:
     """The options of a scan, with the name of its function."""
 
     rule: str
-    feature_map: FeatureMap | None
+    feature_map: _core.FeatureMap | None
     qk_norm: str | None
     attention_norm: bool
     eps: float
@@ -82,18 +83,16 @@ class Call:
 def no_gradient(inputs: Inputs) -> Tensor:
     """Zeros of the shape of o, which take no memory."""
     q, k, v = inputs[:3]
-    assert q is not None
-    assert k is not None
-    assert v is not None
     heads = max(x.shape[2] for x in (q, k, v))
-    return v.new_zeros(v.shape[3:]).expand(*v.shape[:2], heads, v.shape[3])
+    zeros: Tensor = v.new_zeros(v.shape[3:]).expand(*v.shape[:2], heads, v.shape[3])
+    return zeros
 
 
-def parameters(feature_map: FeatureMap | None) -> Parameters | None:
+def parameters(feature_map: Any) -> Parameters | None:
     """The map as data, its projection a tensor."""
     if feature_map is None:
         return None
-    data = feature_map._parameters
+    data: Parameters = feature_map._parameters
     if data.projection is None or isinstance(data.projection, Tensor):
         return data
     return data._replace(projection=torch.from_numpy(data.projection))

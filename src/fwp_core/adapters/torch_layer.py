@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,8 +15,11 @@ from ..feature_maps import FAVOR, FeatureMap
 from ..ops import QKNorm
 from . import torch as ops
 
-_SCANS = {"delta": ops.delta_rule, "linear": ops.linear_attention}
-_STEPS = {"delta": ops.delta_rule_step, "linear": ops.linear_attention_step}
+_SCANS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "delta": ops.delta_rule,
+    "linear": ops.linear_attention,
+}
+_STEPS: dict[str, Callable[..., Tensor]] = {"delta": ops.delta_rule_step, "linear": ops.linear_attention_step}
 _GATES = (None, "scalar", "channel")
 
 
@@ -42,8 +45,9 @@ class FastWeightAttention(nn.Module):
         o       = delta_rule(q, k, v, beta, g)             or linear_attention(q, k, v, None, g)
         y       = W (rms_norm(o) * silu(W x))              the norm over each head's V; its gate if asked for
 
-    ``rule="delta"`` without a gate is DeltaNet, with ``gate="scalar"`` Gated DeltaNet, with ``"channel"`` Kimi
-    Delta Attention; ``rule="linear"`` is linear attention, with a gate as in Mamba-2 or Gated Linear Attention.
+    ``rule="delta"`` without a gate is DeltaNet, with ``gate="scalar"`` Gated DeltaNet, with ``"channel"``
+    Kimi Delta Attention; ``rule="linear"`` is linear attention, with a gate as in Mamba-2 or Gated Linear
+    Attention.
 
     Parameters
     ----------
@@ -84,6 +88,8 @@ class FastWeightAttention(nn.Module):
     >>> y.shape, state.memory.shape
     (torch.Size([1, 3, 32]), torch.Size([1, 2, 16, 16]))
     """
+
+    projection: Tensor | None
 
     def __init__(
         self,
@@ -139,9 +145,7 @@ class FastWeightAttention(nn.Module):
         D, H, V = self.hidden_size, self.heads, self.value_size
         sizes = self._sizes()
         self.project = nn.Linear(D, sum(sizes), bias=False, **factory)
-        self.convolution = (
-            nn.Parameter(torch.empty(self.taps, sum(sizes), **factory)) if self.taps else None
-        )
+        self.convolution = nn.Parameter(torch.empty(self.taps, sum(sizes), **factory)) if self.taps else None
         self.strength = nn.Linear(D, H, **factory) if self.rule == "delta" else None
         self.decay: nn.Module | None = None
         if self.gate == "scalar":
@@ -181,6 +185,7 @@ class FastWeightAttention(nn.Module):
         assert self.decay is not None
         self.decay_rate.uniform_(1, 16).log_()
         last = self.decay[-1] if isinstance(self.decay, nn.Sequential) else self.decay
+        assert isinstance(last, nn.Linear)
         step = last.bias.uniform_(math.log(0.001), math.log(0.1)).exp_()
         step.add_(torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
@@ -227,9 +232,9 @@ class FastWeightAttention(nn.Module):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: FastWeightState) -> Tensor:
-        """Read a token or a few [B,T,D] and return y [B,T,D]: as forward to rounding, ``state`` changed in place.
+        """Read a token or a few [B,T,D] and return y [B,T,D]; ``state`` is changed in place.
 
-        For decoding, without gradients: it costs no new state.
+        For decoding: as forward, to rounding, without gradients and at the cost of no new state.
         """
         self._checked(x, state, None)
         q, k, v, recent = self._projected(x, state, None)
@@ -259,8 +264,11 @@ class FastWeightAttention(nn.Module):
         y, recent = self.project(x), None
         if self.convolution is not None:
             assert state.recent is not None
-            convolve = _convolve if cu_seqlens is None else _convolve_packed
-            y, recent = convolve(y, state.recent.to(y.dtype), self.convolution, cu_seqlens)
+            before = state.recent.to(y.dtype)
+            if cu_seqlens is None:
+                y, recent = _convolve(y, before, self.convolution)
+            else:
+                y, recent = _convolve_packed(y, before, self.convolution, cu_seqlens)
             y = F.silu(y)
         q, k, v = y.split(self._sizes(), dim=-1)
         keys = (self.key_heads, self.key_size)
@@ -271,11 +279,12 @@ class FastWeightAttention(nn.Module):
         beta = None if self.strength is None else torch.sigmoid(self.strength(x))
         if self.decay is None or self.decay_rate is None:
             return beta, None
-        step, rate = self.decay(x), self.decay_rate
+        step: Tensor = self.decay(x)
+        rate: Tensor = self.decay_rate
         if step.dtype != torch.float64:
             step, rate = step.float(), rate.float()  # decays close to 1 have no room in half precision
         if self.gate == "channel":
-            step, rate = step.unflatten(-1, (self.heads, -1)), rate[:, None]
+            step, rate = step.view(*step.shape[:-1], self.heads, self.state_keys), rate[:, None]
         return beta, -torch.exp(rate) * F.softplus(step)
 
     def _options(self) -> dict[str, Any]:
@@ -291,10 +300,11 @@ class FastWeightAttention(nn.Module):
         """The feature map, with the projection that the layer has, where it has it."""
         if self.projection is None or self.feature_map is None:
             return self.feature_map
-        projection = self.projection if self.projection.dtype == torch.float64 else self.projection.float()
+        projection: Tensor = self.projection
+        projection = projection if projection.dtype == torch.float64 else projection.float()
         if torch.compiler.is_compiling():
             return self.feature_map._parameters._replace(projection=projection)
-        return FAVOR(projection.numpy(), self.feature_map._parameters.eps)
+        return FAVOR(projection, self.feature_map._parameters.eps)
 
     def _read_out(self, o: Tensor, x: Tensor) -> Tensor:
         if self.norm is not None:
@@ -304,7 +314,9 @@ class FastWeightAttention(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        sizes = f"{self.hidden_size}, heads={self.heads}, key_size={self.key_size}, value_size={self.value_size}"
+        sizes = (
+            f"{self.hidden_size}, heads={self.heads}, key_size={self.key_size}, value_size={self.value_size}"
+        )
         options = {
             "key_heads": (self.key_heads, self.heads),
             "rule": (self.rule, None),
@@ -322,7 +334,7 @@ class FastWeightAttention(nn.Module):
 # The short convolution: y_t = sum_i taps_i x_{t-n+1+i}, channel by channel, n the number of taps.
 
 
-def _convolve(x: Tensor, recent: Tensor, taps: Tensor, _: None) -> tuple[Tensor, Tensor]:
+def _convolve(x: Tensor, recent: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
     """x [B,T,C] after recent [B,n-1,C], taps [n,C]: the sums, and the last n - 1 inputs."""
     x = torch.cat([recent, x], dim=1)
     length = x.shape[1] - len(taps) + 1

@@ -1,4 +1,4 @@
-"""Scans and steps as operators of torch, which torch.compile and torch.export put into their graphs as they are.
+"""Scans and steps as operators of torch, which torch.compile and torch.export put into their graphs.
 
 Operators take tensors, numbers and strings only: a feature map goes in as its parameters.
 """
@@ -70,7 +70,7 @@ def _parse(arguments: tuple[Any, ...]) -> tuple[Inputs, Call]:
     _refuse_tangents()
     inputs, cu_seqlens, (rule, *parameters) = arguments[:6], arguments[6], arguments[7:]
     lengths = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    return inputs, Call(rule, _feature_map(*parameters[:4]), *parameters[4:], lengths)
+    return inputs, Call(*(rule, _feature_map(*parameters[:4]), *parameters[4:], lengths))
 
 
 def _feature_map(kind: int, nu: int, eps: float, projection: Tensor | None) -> _core.FeatureMap | None:
