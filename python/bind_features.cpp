@@ -1,5 +1,8 @@
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "bind.hpp"
 #include "errors.hpp"
@@ -19,6 +22,11 @@ struct RowArray {
     Array given;
     given.read(name, object);
     if (given.rank() == 0) raise(FWP_SHAPE_ERROR, std::string(name) + ": expected at least one axis, got none");
+    if (given.abstract()) {  // no rows, none of which is there
+      const int64_t shape[] = {0, given.size(given.rank() - 1)};
+      rows.read(name, make_abstract(2, shape, given.dtype()));
+      return;
+    }
     int64_t count = 1;
     for (int i = 0; i + 1 < given.rank(); ++i) count *= given.size(i);
     rows.read(name, given.rank() == 2 ? array : array.attr("reshape")(count, given.size(given.rank() - 1)));
@@ -33,6 +41,14 @@ struct RowArray {
     sizes[sizes.size() - 1] = last;
     return py::tuple(sizes);
   }
+
+  // Rows in the shape of the array but for the last axis.
+  py::object like(const Array& result) const {
+    const py::tuple sizes = shape(result.size(1));
+    if (!result.abstract()) return result.object().attr("reshape")(sizes);
+    const auto whole = sizes.cast<std::vector<int64_t>>();
+    return make_abstract(static_cast<int>(whole.size()), whole.data(), result.dtype());
+  }
 };
 
 }  // namespace
@@ -41,7 +57,7 @@ FeatureMap::FeatureMap(int kind, int nu, double eps, py::handle projection) : ma
   projection_.read_optional("projection", projection);
   // A view of its own, so that nobody can take the memory away (ndarray.resize); of a strided last axis a copy.
   projection_.make_contiguous();
-  if (projection_.present()) projection_.read("projection", projection_.used()[py::ellipsis()]);
+  if (projection_.present() && !projection_.abstract()) projection_.read("projection", projection_.used()[py::ellipsis()]);
   map_.kind = kind;
   map_.nu = nu;
   map_.eps = eps;
@@ -57,9 +73,9 @@ int64_t FeatureMap::size(int64_t n) const {
 py::object FeatureMap::forward(py::handle object) const {
   const RowArray x("x", object);
   Array y;
-  y.make({x.count(), size(x.size())}, x.rows.dtype());
+  y.make(x.rows, {x.count(), size(x.size())}, x.rows.dtype());
   check_scan(without_gil([&] { return fwp_feature_map_fwd(&map_, x.rows.tensor(), y.tensor(), nullptr); }));
-  return y.object().attr("reshape")(x.shape(y.size(1)));
+  return x.like(y);
 }
 
 py::object FeatureMap::backward(py::handle d_y, py::handle object) const {
@@ -69,13 +85,13 @@ py::object FeatureMap::backward(py::handle d_y, py::handle object) const {
     raise(FWP_SHAPE_ERROR, "dy: expected shape " + std::string(py::str(expected)) + ", got " +
                                std::string(py::str(dy.array.attr("shape"))));
   Array dx;
-  dx.make({x.count(), x.size()}, x.rows.dtype());
+  dx.make(x.rows, {x.count(), x.size()}, x.rows.dtype());
   check_scan(
       without_gil([&] { return fwp_feature_map_bwd(&map_, dy.rows.tensor(), x.rows.tensor(), dx.tensor(), nullptr); }));
-  return dx.object().attr("reshape")(x.shape(x.size()));
+  return x.like(dx);
 }
 
-py::tuple FeatureMap::parameters() const { return py::make_tuple(map_.nu, map_.eps, projection_.used()); }
+py::tuple FeatureMap::parameters() const { return py::make_tuple(map_.kind, map_.nu, map_.eps, projection_.used()); }
 
 const FeatureMap* feature_map(py::handle object) {
   if (object.is_none()) return nullptr;

@@ -99,21 +99,32 @@ int qk_norm_of(py::handle object) {
                                 std::string(py::repr(py::reinterpret_borrow<py::object>(object))));
 }
 
+// Arrays without memory meet no others.
+void check_memory(const char* name, const Array& array, const Array& q) {
+  if (array.abstract() != q.abstract())
+    raise(FWP_DTYPE_ERROR, std::string(name) + ": expected an array " + (q.abstract() ? "without" : "with") +
+                               " memory, as q is, got one " + (q.abstract() ? "with" : "without"));
+}
+
 // The options of a call as its caller gives them.
 struct OptionArgs {
   py::handle feature_map, qk_norm, attention_norm, eps, scale;
 
-  fwp_options read(bool interruptible) const {
+  fwp_options read(const Inputs& in, bool interruptible) const {
     fwp_options options FWP_OPTIONS_INIT;
     options.scale = number("scale", scale);
     options.interrupt = interruptible && on_main_thread() ? poll_signals : nullptr;
-    if (const FeatureMap* const map = python::feature_map(feature_map)) options.feature_map = map->tensors();
+    if (const FeatureMap* const map = python::feature_map(feature_map)) {
+      options.feature_map = map->tensors();
+      if (map->projection().present()) check_memory("projection", map->projection(), in.q);
+    }
     options.qk_norm = qk_norm_of(qk_norm);
     if (PyBool_Check(attention_norm.ptr()) == 0)
       raise(FWP_DTYPE_ERROR,
             std::string("attention_norm: expected True or False, got ") + Py_TYPE(attention_norm.ptr())->tp_name);
     options.attention_norm = attention_norm.ptr() == Py_True ? 1 : 0;
     options.eps = number("eps", eps);
+    options.check_only = in.q.abstract() ? 1 : 0;
     return options;
   }
 };
@@ -140,6 +151,10 @@ int64_t check_inputs(const Inputs& in, const fwp_options& options) {
 // has then checked the caller's own memory, overlaps included.
 template <class Call>
 void run(const Call& call, Inputs& inputs, std::initializer_list<Array*> others) {
+  for (const Array* array : {&inputs.k, &inputs.v, &inputs.beta, &inputs.g, &inputs.h0})
+    if (array->present()) check_memory("array", *array, inputs.q);
+  for (const Array* array : others)
+    if (array->present()) check_memory("array", *array, inputs.q);
   int status = without_gil(call);
   if (status == FWP_UNSUPPORTED_ERROR) {
     bool copied = false;
@@ -160,7 +175,7 @@ py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py:
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
-  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(true);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
 
   const int64_t elements = check_inputs(in, options);
 
@@ -168,12 +183,12 @@ py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py:
   Array o, final_state, checkpoints;
   o.write_optional("out", out);
   final_state.write_optional("final_state_out", final_state_out);
-  if (!o.present()) o.make({in.v.size(0), in.v.size(1), in.heads(), in.v.size(3)}, dtype);
+  if (!o.present()) o.make(in.q, {in.v.size(0), in.v.size(1), in.heads(), in.v.size(3)}, dtype);
   if (!final_state.present()) {
     const StateShape state(options, in.q, in.v);
-    final_state.make({in.sequences(), in.heads(), state.K, state.columns}, state_dtype);
+    final_state.make(in.q, {in.sequences(), in.heads(), state.K, state.columns}, state_dtype);
   }
-  if (with_checkpoints) checkpoints.make({elements}, state_dtype);
+  if (with_checkpoints) checkpoints.make(in.q, {elements}, state_dtype);
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
     const fwp_outputs outputs{sizeof outputs, o.tensor(), final_state.tensor(), checkpoints.tensor()};
@@ -191,10 +206,10 @@ py::object diagnose(py::handle q, py::handle k, py::handle v, py::handle beta, p
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
-  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(true);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
   check_inputs(in, options);
   Array probes;
-  probes.make({in.v.size(0), in.v.size(1), in.heads(), FWP_PROBES}, in.state_dtype());
+  probes.make(in.q, {in.v.size(0), in.v.size(1), in.heads(), FWP_PROBES}, in.state_dtype());
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
     return rule.diagnose(&options, &inputs, probes.tensor(), nullptr, 0, nullptr);
@@ -222,7 +237,7 @@ py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py:
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
-  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(true);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
   check_inputs(in, options);
 
   Array cotangent, final_cotangent, kept;
@@ -235,7 +250,7 @@ py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py:
     d[i].write_optional(kGradients[i], item(out, i));
     if (d[i].present() && !of[i]->present())
       raise(FWP_ARGUMENT_ERROR, std::string(kGradients[i]) + ": expected None, as its input is, got an array");
-    if (of[i]->present() && !d[i].present()) d[i].make(of[i]->rank(), of[i]->shape(), of[i]->dtype());
+    if (of[i]->present() && !d[i].present()) d[i].make(in.q, of[i]->rank(), of[i]->shape(), of[i]->dtype());
   }
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
@@ -254,7 +269,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::h
                 py::handle eps, py::handle scale, py::handle out) {
   Inputs in(rule, q, k, v, beta, g);
   in.state_indices.read_integers("state_indices", state_indices);
-  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(false);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, false);
   Array S, o;
   S.write("state", state);
   o.write_optional("out", out);
@@ -265,7 +280,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::h
     int64_t shape[4];
     std::copy(in.v.shape(), in.v.shape() + in.v.rank(), shape);
     shape[in.v.rank() - 2] = in.heads();
-    o.make(in.v.rank(), shape, in.v.dtype());
+    o.make(in.q, in.v.rank(), shape, in.v.dtype());
   }
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();

@@ -85,6 +85,11 @@ int64_t index_of(const char* name, py::handle item) {
 }  // namespace
 
 void Array::read(const char* name, py::handle object) {
+  if (const AbstractArray* const array = abstract_array(object)) {
+    object_ = py::reinterpret_borrow<py::object>(object);
+    view(*array, float_dtype(name, *array));
+    return;
+  }
   check_array(name, object);
   object_ = py::reinterpret_borrow<py::object>(object);
   view(name, float_dtype(name, object));
@@ -92,6 +97,7 @@ void Array::read(const char* name, py::handle object) {
 
 void Array::write(const char* name, py::handle object) {
   read(name, object);
+  if (abstract_) return;
   if ((fields(object).flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) == 0)
     raise(FWP_READ_ONLY_ERROR, std::string(name) + ": expected a writable array, got a read-only one");
   writable_ = true;
@@ -128,7 +134,12 @@ void Array::read_integers(const char* name, py::handle object) {
   tensor_ = {integers_.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, shape_, nullptr, 0};
 }
 
-void Array::make(int rank, const int64_t* shape, DLDataType dtype) {
+void Array::make(const Array& like, int rank, const int64_t* shape, DLDataType dtype) {
+  if (like.abstract_) {
+    object_ = make_abstract(rank, shape, dtype);
+    view(*abstract_array(object_), dtype);
+    return;
+  }
   const WarmMemory warm(size_in_bytes(rank, shape, dtype));
   PyObject* const descr = api().PyArray_DescrFromType_(type_num(dtype));
   object_ = py::reinterpret_steal<py::object>(api().PyArray_NewFromDescr_(
@@ -137,8 +148,8 @@ void Array::make(int rank, const int64_t* shape, DLDataType dtype) {
   view("", dtype);
 }
 
-void Array::make(std::initializer_list<int64_t> shape, DLDataType dtype) {
-  make(static_cast<int>(shape.size()), shape.begin(), dtype);
+void Array::make(const Array& like, std::initializer_list<int64_t> shape, DLDataType dtype) {
+  make(like, static_cast<int>(shape.size()), shape.begin(), dtype);
 }
 
 py::object Array::object() const {
@@ -177,6 +188,14 @@ void Array::view(const char* name, DLDataType dtype) {
                                     " bytes along axis " + std::to_string(i));
   }
   tensor_ = {array.data, {kDLCPU, 0}, array.nd, dtype, shape_, strides_, 0};
+}
+
+void Array::view(const AbstractArray& array, DLDataType dtype) {
+  alignas(64) static char nowhere[64];
+  abstract_ = true;
+  const int rank = static_cast<int>(std::min<size_t>(array.shape.size(), kMaxRank));
+  std::copy(array.shape.begin(), array.shape.begin() + rank, shape_);
+  tensor_ = {nowhere, {kDLCPU, 0}, rank, dtype, shape_, nullptr, 0};
 }
 
 }  // namespace fwp::python

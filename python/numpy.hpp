@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "abstract.hpp"
 #include "fwp/fwp.h"
 
 namespace fwp::python {
@@ -29,10 +30,11 @@ class Array {
   // An integer array, or any sequence of integers; None: absent.
   void read_integers(const char* name, pybind11::handle object);
 
-  // New memory in C order.
-  void make(int rank, const int64_t* shape, DLDataType dtype);
-  void make(std::initializer_list<int64_t> shape, DLDataType dtype);
+  // New memory in C order; without memory where `like` has none.
+  void make(const Array& like, int rank, const int64_t* shape, DLDataType dtype);
+  void make(const Array& like, std::initializer_list<int64_t> shape, DLDataType dtype);
 
+  bool abstract() const { return abstract_; }
   bool present() const { return object_.ptr() != nullptr; }
   const DLTensor* tensor() const { return present() ? &tensor_ : nullptr; }
   int rank() const { return present() ? tensor_.ndim : 0; }
@@ -50,10 +52,12 @@ class Array {
   static constexpr int kMaxRank = 64;  // NumPy's own limit
 
   void view(const char* name, DLDataType dtype);
+  void view(const AbstractArray& array, DLDataType dtype);
 
   pybind11::object object_;
   pybind11::object original_;  // what object_ was before make_contiguous
   bool writable_ = false;
+  bool abstract_ = false;
   std::vector<int64_t> integers_;
   DLTensor tensor_;
   int64_t shape_[kMaxRank];

@@ -142,7 +142,7 @@ class DPFP(FeatureMap):
     @property
     def nu(self) -> int:
         """How many shifts."""
-        return _core.feature_parameters(self)[0]
+        return _core.feature_parameters(self)[1]
 
     def _arguments(self) -> tuple[Any, ...]:
         return (self.nu,)
@@ -189,14 +189,14 @@ class FAVOR(FeatureMap):
     @property
     def projection(self) -> Array:
         """The directions R."""
-        projection = _core.feature_parameters(self)[2]
+        projection = _core.feature_parameters(self)[3]
         assert projection is not None
         return projection
 
     @property
     def eps(self) -> float:
         """What is added to every exponential."""
-        return _core.feature_parameters(self)[1]
+        return _core.feature_parameters(self)[2]
 
     def _arguments(self) -> tuple[Any, ...]:
         return self.projection, self.eps
