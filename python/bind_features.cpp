@@ -91,7 +91,7 @@ py::object FeatureMap::backward(py::handle d_y, py::handle object) const {
   return x.like(dx);
 }
 
-py::tuple FeatureMap::parameters() const { return py::make_tuple(map_.kind, map_.nu, map_.eps, projection_.used()); }
+py::tuple FeatureMap::parameters() const { return py::make_tuple(map_.nu, map_.eps, projection_.used()); }
 
 const FeatureMap* feature_map(py::handle object) {
   if (object.is_none()) return nullptr;

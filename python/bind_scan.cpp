@@ -111,20 +111,24 @@ struct OptionArgs {
   py::handle feature_map, qk_norm, attention_norm, eps, scale;
 
   fwp_options read(const Inputs& in, bool interruptible) const {
+    fwp_options options = read(interruptible);
+    const FeatureMap* const map = python::feature_map(feature_map);
+    if (map != nullptr && map->projection().present()) check_memory("projection", map->projection(), in.q);
+    options.check_only = in.q.abstract() ? 1 : 0;
+    return options;
+  }
+
+  fwp_options read(bool interruptible) const {
     fwp_options options FWP_OPTIONS_INIT;
     options.scale = number("scale", scale);
     options.interrupt = interruptible && on_main_thread() ? poll_signals : nullptr;
-    if (const FeatureMap* const map = python::feature_map(feature_map)) {
-      options.feature_map = map->tensors();
-      if (map->projection().present()) check_memory("projection", map->projection(), in.q);
-    }
+    if (const FeatureMap* const map = python::feature_map(feature_map)) options.feature_map = map->tensors();
     options.qk_norm = qk_norm_of(qk_norm);
     if (PyBool_Check(attention_norm.ptr()) == 0)
       raise(FWP_DTYPE_ERROR,
             std::string("attention_norm: expected True or False, got ") + Py_TYPE(attention_norm.ptr())->tp_name);
     options.attention_norm = attention_norm.ptr() == Py_True ? 1 : 0;
     options.eps = number("eps", eps);
-    options.check_only = in.q.abstract() ? 1 : 0;
     return options;
   }
 };
@@ -293,6 +297,11 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::h
 }  // namespace
 
 void bind_scan(py::module_& m) {
+  m.def("scan_options",
+        [](py::handle feature_map, py::handle qk_norm, py::handle attention_norm, py::handle eps, py::handle scale) {
+          const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(false);
+          return py::make_tuple(options.qk_norm, options.attention_norm != 0, options.eps, options.scale);
+        });
   m.def("linear_attention", &forward<kLinear>);
   m.def("linear_attention_backward", &backward<kLinear>);
   m.def("linear_attention_step", &step<kLinear>);

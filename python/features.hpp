@@ -15,7 +15,7 @@ class FeatureMap {
 
   const fwp_feature_map* tensors() const { return &map_; }
   const Array& projection() const { return projection_; }
-  pybind11::tuple parameters() const;  // kind, nu, eps, projection
+  pybind11::tuple parameters() const;  // nu, eps, projection
 
   int64_t size(int64_t n) const;  // features of a row of n numbers
   pybind11::object forward(pybind11::handle x) const;

@@ -1,0 +1,61 @@
+"""Which part of the package answers for an array: one module per framework that differentiates or compiles.
+
+NumPy arrays, and arrays that speak DLPack and nothing more, go to the compiled module as they are. An adapter
+module, ``torch`` or ``jax``, has functions of the names and signatures of the public ones, and
+``feature_forward(map, x)`` and ``feature_backward(map, dy, x)``. It is imported when its first array comes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+# Frameworks with an adapter module of their name, and the type of their arrays, tracers included.
+_ARRAY_TYPES = {"torch": "Tensor", "jax": "Array"}
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def adapter(x: object) -> ModuleType | None:
+    """Return the adapter module of this array, None where it needs none.
+
+    A framework that nobody has imported owns no array, so this imports none.
+    """
+    if type(x) is np.ndarray:
+        return None
+    for name, array_type in _ARRAY_TYPES.items():
+        framework = sys.modules.get(name)
+        if framework is not None and isinstance(x, getattr(framework, array_type, ())):
+            return importlib.import_module(f"{__name__}.{name}")
+    return None
+
+
+def described(x: Any) -> Any:
+    """Return the array as the compiled module reads it: itself, or of JAX, which traces programs, its description."""
+    return getattr(adapter(x), "abstract", lambda x: x)(x)
+
+
+def routed_by(argument: str) -> Callable[[_Function], _Function]:
+    """Decorate a public function: the adapter of this argument takes the call, or, without one, the function."""
+
+    def decorate(function: _Function) -> _Function:
+        position = list(inspect.signature(function).parameters).index(argument)
+        name = function.__name__
+
+        @functools.wraps(function)
+        def routed(*args: Any, **kwargs: Any) -> Any:
+            x = args[position] if len(args) > position else kwargs.get(argument)
+            if type(x) is np.ndarray or (owner := adapter(x)) is None:
+                return function(*args, **kwargs)
+            return getattr(owner, name)(*args, **kwargs)
+
+        return cast(_Function, routed)
+
+    return decorate
