@@ -20,13 +20,11 @@ from ..diagnostics import Diagnostics
 from ..feature_maps import FAVOR, FeatureMap, Parameters
 from ..ops import Gradients, QKNorm
 from . import jax_autodiff
-from .jax_call import Array, Call, Spec, custom_call, varying
+from .jax_call import INPUTS, Array, Call, Spec, custom_call, varying
 
 Integers: TypeAlias = Any  # a sequence, or an array of any framework
 Pullback: TypeAlias = Callable[..., Gradients]
 Operands: TypeAlias = dict[str, Array]
-
-_INPUTS = ("q", "k", "v", "beta", "g", "initial_state")
 
 
 def delta_rule(
@@ -284,7 +282,7 @@ def diagnose(
     Traced arrays are an UnsupportedError.
     """
     function = _name(fn)
-    arrays = dict(zip(_INPUTS, (q, k, v, beta, g, initial_state), strict=True))
+    arrays = dict(zip(INPUTS, (q, k, v, beta, g, initial_state), strict=True))
     _core.scan_options(feature_map, qk_norm, attention_norm, eps, scale)
     operands = _operands(arrays, _required(function)) | _projection(feature_map)
     for name, x in operands.items():
@@ -340,7 +338,7 @@ class _Checked(NamedTuple):
 
 def _checked(function: str, arrays: tuple[Any, ...], options: tuple[Any, ...], cu_seqlens: Integers) -> _Checked:
     numbers = _core.scan_options(*options)
-    operands = _operands(dict(zip(_INPUTS, arrays, strict=True)), _required(function))
+    operands = _operands(dict(zip(INPUTS, arrays, strict=True)), _required(function))
     *inputs, initial_state = (None if x is None else abstract(x) for x in arrays)
     offsets = _stand_in(cu_seqlens, _some_offsets, operands["q"])
     known = (_abstract_map(options[0]), *options[1:], initial_state, offsets)
@@ -490,16 +488,15 @@ def _gradients(checked: _Checked, kept: Operands, do: Any, dfinal_state: Any) ->
     cotangents = _operands({"do": do, "dfinal_state": dfinal_state}, ("do",))
     final = None if dfinal_state is None else abstract(dfinal_state)
     getattr(_core, f"{call.function}_backward")(abstract(do), *arrays, final, None, *options, None)
-    wanted = tuple(name for name in _INPUTS if name in operands)
-    gradients = jax_autodiff.backward(call, wanted, operands, kept, cotangents)
-    return Gradients(*(gradients.get(name) for name in _INPUTS))
+    gradients = jax_autodiff.backward(call, operands, kept, cotangents)
+    return Gradients(*(gradients.get(name) for name in INPUTS))
 
 
 def _step(
     function: str, arrays: tuple[Any, ...], options: tuple[Any, ...], state: Any, state_indices: Integers
 ) -> tuple[Array, Array]:
     numbers = _core.scan_options(*options)
-    named = dict(zip(_INPUTS, arrays, strict=False)) | {"state": state}
+    named = dict(zip(INPUTS, arrays, strict=False)) | {"state": state}
     operands = _operands(named, (*_required(function), "state"))
     inputs = (None if x is None else abstract(x) for x in arrays)
     slots = _stand_in(state_indices, _no_slots, operands["q"])

@@ -11,9 +11,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from .._core import UnsupportedError
 from . import recurrence
-from .jax_call import LEVEL, Array, Arrays, Call, Spec, custom_call, varying
+from .jax_call import INPUTS, LEVEL, Array, Arrays, Call, Spec, custom_call, varying
 
-_DIFFERENTIABLE = ("q", "k", "v", "beta", "g", "initial_state")
 _NORMS = (None, "sum", "l2")  # FWP_NORM_... of fwp.h
 _KEPT = ("checkpoints", "level")
 
@@ -30,11 +29,9 @@ def forward(call: Call, operands: Arrays, keep: bool) -> tuple[tuple[Array, Arra
     return (made["o"], made["final_state"]), {name: made[name] for name in _KEPT if name in made}
 
 
-def backward(
-    call: Call, wanted: tuple[str, ...], operands: Arrays, kept: Arrays, cotangents: Arrays
-) -> dict[str, Array]:
-    """Return the gradients of the operands that are wanted."""
-    results = {name: Spec.of(operands[name]) for name in wanted}
+def backward(call: Call, operands: Arrays, kept: Arrays, cotangents: Arrays) -> dict[str, Array]:
+    """Return the gradients of the operands that have one."""
+    results = {name: Spec.of(operands[name]) for name in INPUTS if name in operands}
     return custom_call(call, "_backward", varying({**operands, **kept, **cotangents}), results)
 
 
@@ -51,7 +48,6 @@ def _scan(call: Call, operands: dict[str, Array]) -> tuple[Array, Array]:
 
 def _scan_forward(call: Call, primals: dict[str, Any]) -> Any:
     operands = {name: x.value for name, x in primals.items()}
-    wanted = tuple(name for name in _DIFFERENTIABLE if name in primals and primals[name].perturbed)
     if "projection" in primals and primals["projection"].perturbed:
         raise UnsupportedError(
             "projection: expected an array without a derivative, because FAVOR has none for it; "
@@ -60,53 +56,48 @@ def _scan_forward(call: Call, primals: dict[str, Any]) -> Any:
     if call.derivatives > 1:  # the next derivative goes through this very function
         results, kept = _scan(call, operands), {}
     else:
-        results, kept = forward(call, operands, keep=bool(wanted))
-    return results, (operands, kept, dict.fromkeys(wanted))
+        results, kept = forward(call, operands, keep=True)
+    return results, (operands, kept)
 
 
 def _scan_backward(call: Call, residuals: Any, cotangents: tuple[Any, Any]) -> tuple[dict[str, Any]]:
-    operands, kept, wanted = residuals
+    operands, kept = residuals
     do, dfinal_state = cotangents
-    given = {"do": _zeros(do) if isinstance(do, SymbolicZero) else do}
+    given = {"do": jnp.zeros(do.shape, do.dtype) if isinstance(do, SymbolicZero) else do}
     if not isinstance(dfinal_state, SymbolicZero):
         given["dfinal_state"] = dfinal_state
     if call.derivatives > 1:
-        gradients = _gradients(call, tuple(wanted), operands, given)
+        gradients = _gradients(call, operands, given)
     else:
-        gradients = backward(call, tuple(wanted), operands, kept, given)
+        gradients = backward(call, operands, kept, given)
     return ({name: gradients.get(name) for name in operands},)
 
 
 _scan.defvjp(_scan_forward, _scan_backward, symbolic_zeros=True)
 
 
-def _zeros(x: Any) -> Array:
-    return jax.lax.full_like(x, 0)
-
-
 # Derivatives of the gradients.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gradients(
-    call: Call, wanted: tuple[str, ...], operands: dict[str, Array], cotangents: dict[str, Array]
-) -> dict[str, Array]:
-    return backward(call, wanted, operands, {}, cotangents)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(call: Call, operands: dict[str, Array], cotangents: dict[str, Array]) -> dict[str, Array]:
+    return backward(call, operands, {}, cotangents)
 
 
-def _gradients_forward(call: Call, wanted: tuple[str, ...], operands: Any, cotangents: Any) -> Any:
-    return _gradients(call, wanted, operands, cotangents), (operands, cotangents)
+def _gradients_forward(call: Call, operands: Any, cotangents: Any) -> Any:
+    return _gradients(call, operands, cotangents), (operands, cotangents)
 
 
-def _gradients_backward(call: Call, wanted: tuple[str, ...], residuals: Any, incoming: Any) -> Any:
+def _gradients_backward(call: Call, residuals: Any, incoming: Any) -> Any:
     operands, cotangents = residuals
     numbers = {name: x for name, x in operands.items() if name != "cu_seqlens"}
 
     def plain(numbers: dict[str, Array], cotangents: dict[str, Array]) -> dict[str, Array]:
-        (o, final_state), pullback = jax.vjp(lambda given: _plain_scan(call, given), numbers)
+        (_, final_state), pullback = jax.vjp(lambda given: _plain_scan(call, given), numbers)
         dfinal_state = cotangents.get("dfinal_state")
-        (gradients,) = pullback((cotangents["do"], _zeros(final_state) if dfinal_state is None else dfinal_state))
-        return {name: gradients[name] for name in wanted}
+        dfinal_state = jnp.zeros_like(final_state) if dfinal_state is None else dfinal_state
+        (gradients,) = pullback((cotangents["do"], dfinal_state))
+        return {name: gradients[name] for name in INPUTS if name in gradients}
 
     of_numbers, of_cotangents = jax.vjp(plain, numbers, cotangents)[1](incoming)
     return {name: of_numbers.get(name) for name in operands}, of_cotangents
@@ -125,7 +116,7 @@ def _plain_scan(call: Call, operands: Arrays) -> tuple[Array, Array]:
     o, final_state = recurrence.scan(
         jnp,
         rule,
-        *(precise.get(name) for name in _DIFFERENTIABLE),
+        *(precise.get(name) for name in INPUTS),
         cu_seqlens=call.cu_seqlens,
         loop=jax.lax.scan,
     )

@@ -23,10 +23,10 @@ from ..feature_maps import Parameters
 Array: TypeAlias = jax.Array  # a tracer is one too
 Arrays: TypeAlias = Mapping[str, Array]  # by name; what is absent is not there
 
-# In the order of python/xla.cpp.
-OPERANDS = ("q", "k", "v", "beta", "g", "initial_state", "cu_seqlens", "state_indices", "projection", "state")
-OPERANDS += ("do", "dfinal_state", "checkpoints", "level")
-RESULTS = ("o", "final_state", "checkpoints", "level", "q", "k", "v", "beta", "g", "initial_state")
+# What has a gradient; then all operands and results, in the order of python/xla.cpp.
+INPUTS = ("q", "k", "v", "beta", "g", "initial_state")
+OPERANDS = (*INPUTS, "cu_seqlens", "state_indices", "projection", "state", "do", "dfinal_state", "checkpoints", "level")
+RESULTS = ("o", "final_state", "checkpoints", "level", *INPUTS)  # gradients by the names of what they are of
 
 
 @dataclass(frozen=True)
