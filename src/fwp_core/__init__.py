@@ -14,6 +14,10 @@ A small matrix per head, the fast weight, is written and read at every time step
 (1, 16, 2, 8)
 """
 
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from . import feature_maps, reference
 from ._core import (
     ArgumentError,
@@ -85,3 +89,11 @@ __all__ = [
     "use_isa",
     "vjp",
 ]
+
+if not TYPE_CHECKING:  # to a type checker every other name would exist too
+
+    def __getattr__(name: str) -> ModuleType:
+        """Import the modules that need a framework when they are asked for."""
+        if name in ("torch", "jax", "compat"):
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

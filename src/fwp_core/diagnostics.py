@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from . import _core
 from ._core import ArgumentError
+from .adapters import routed_by
 from .feature_maps import FeatureMap
-from .ops import Array, Integers, QKNorm, delta_rule, linear_attention
+from .ops import ArrayT, Integers, QKNorm, delta_rule, linear_attention
 
 Numbers = NDArray[Any]
 
@@ -88,20 +89,21 @@ class Diagnostics:
         return f"Diagnostics({len(self.probes())} probes {list(self.contrast.shape)})"
 
 
+@routed_by("q")
 def diagnose(
-    fn: Callable[..., tuple[Array, Array]],
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None = None,
-    g: Array | None = None,
+    fn: Callable[..., tuple[Any, Any]],
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    beta: ArrayT | None = None,
+    g: ArrayT | None = None,
     *,
     feature_map: FeatureMap | None = None,
     qk_norm: QKNorm | None = None,
     attention_norm: bool = False,
     eps: float = 1e-6,
     scale: float = 1.0,
-    initial_state: Array | None = None,
+    initial_state: ArrayT | None = None,
     cu_seqlens: Integers | None = None,
 ) -> Diagnostics:
     """Run a scan token by token and return what happens in it; its outputs are not made, let alone changed.
@@ -146,7 +148,7 @@ def diagnose(
     else:
         raise ArgumentError(f"fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got {fn!r}")
     options = (feature_map, qk_norm, attention_norm, eps, scale, initial_state, cu_seqlens)
-    probes = measure(q, k, v, beta, g, *options)
+    probes: Any = measure(q, k, v, beta, g, *options)
     # In the order of fwp_linear_diagnose of fwp.h.
     v2, read2, v_read, error2, residual2, state2, k2, k_sum, s, c, z_sum, z_max, stalled = np.moveaxis(
         probes, -1, 0

@@ -10,18 +10,19 @@ Formulas and references: Schlag, Irie, Schmidhuber 2021, arXiv 2102.11174, secti
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import _core
 from ._core import ArgumentError, DTypeError, ShapeError
-from .adapters import described
+from .adapters import adapter, described
 
 __all__ = ["DPFP", "ELU1", "FAVOR", "FeatureMap", "ReLU", "Softmax", "orthogonal_gaussian"]
 
 Array = NDArray[Any]
+ArrayT = TypeVar("ArrayT")
 
 # FWP_MAP_... of fwp.h
 _RELU, _ELU1, _SOFTMAX, _DPFP, _FAVOR = range(1, 6)
@@ -67,7 +68,7 @@ class FeatureMap(_core.FeatureMap):
         """Return the number of features of a row of size ``n``."""
         return _core.feature_size(self, _integer("n", n, 0))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: ArrayT) -> ArrayT:
         """Return the features of every row of x.
 
         Parameters
@@ -85,9 +86,10 @@ class FeatureMap(_core.FeatureMap):
         ShapeError, DTypeError, ArgumentError
             Before anything is computed.
         """
-        return _core.feature_forward(self, x)
+        y: ArrayT = (adapter(x) or _core).feature_forward(self, x)
+        return y
 
-    def backward(self, dy: Array, x: Array) -> Array:
+    def backward(self, dy: ArrayT, x: ArrayT) -> ArrayT:
         """Return the gradient of sum(phi(x) * dy) with respect to x.
 
         Parameters
@@ -102,7 +104,8 @@ class FeatureMap(_core.FeatureMap):
         dx : ndarray [..., n]
             Of x's dtype.
         """
-        return _core.feature_backward(self, dy, x)
+        dx: ArrayT = (adapter(x) or _core).feature_backward(self, dy, x)
+        return dx
 
     def _arguments(self) -> tuple[Any, ...]:
         return ()

@@ -8,51 +8,59 @@ arXiv 2102.11174.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import _core
 from ._core import ArgumentError
+from .adapters import routed_by
 from .feature_maps import FeatureMap
 
-Array: TypeAlias = NDArray[Any]  # bfloat16, a type that ml_dtypes adds to NumPy, is no np.floating
-Integers: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
+
+class SupportsDLPack(Protocol):
+    """An array of any framework."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+ArrayT = TypeVar("ArrayT", bound=SupportsDLPack)
+Integers: TypeAlias = Sequence[int] | SupportsDLPack
 QKNorm: TypeAlias = Literal["sum", "l2"]
 
 
 class Gradients(NamedTuple):
     """Gradients in the order of the inputs, each of its input's shape and dtype; None where that was None."""
 
-    dq: Array | None
-    dk: Array | None
-    dv: Array | None
-    dbeta: Array | None = None
-    dg: Array | None = None
-    dinitial_state: Array | None = None
+    dq: Any
+    dk: Any
+    dv: Any
+    dbeta: Any = None
+    dg: Any = None
+    dinitial_state: Any = None
 
 
 Pullback: TypeAlias = Callable[..., Gradients]
 
 
+@routed_by("q")
 def delta_rule(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array,
-    g: Array | None = None,
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    beta: ArrayT,
+    g: ArrayT | None = None,
     *,
     feature_map: FeatureMap | None = None,
     qk_norm: QKNorm | None = None,
     attention_norm: bool = False,
     eps: float = 1e-6,
     scale: float = 1.0,
-    initial_state: Array | None = None,
+    initial_state: ArrayT | None = None,
     cu_seqlens: Integers | None = None,
-    out: Array | None = None,
-    final_state_out: Array | None = None,
-) -> tuple[Array, Array]:
+    out: ArrayT | None = None,
+    final_state_out: ArrayT | None = None,
+) -> tuple[ArrayT, ArrayT]:
     """Run the delta rule over time: each key's value in the fast weight is corrected towards v.
 
     Per head, from S = ``initial_state`` or zero::
@@ -144,43 +152,29 @@ def delta_rule(
     array([[4.],
            [5.]])
     """
-    o, final_state, _ = _core.delta_rule(
-        q,
-        k,
-        v,
-        beta,
-        g,
-        feature_map,
-        qk_norm,
-        attention_norm,
-        eps,
-        scale,
-        initial_state,
-        cu_seqlens,
-        out,
-        final_state_out,
-        False,
-    )
+    options = (feature_map, qk_norm, attention_norm, eps, scale, initial_state, cu_seqlens)
+    o, final_state, _ = _core.delta_rule(q, k, v, beta, g, *options, out, final_state_out, False)
     return o, final_state
 
 
+@routed_by("q")
 def linear_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None = None,
-    g: Array | None = None,
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    beta: ArrayT | None = None,
+    g: ArrayT | None = None,
     *,
     feature_map: FeatureMap | None = None,
     qk_norm: QKNorm | None = None,
     attention_norm: bool = False,
     eps: float = 1e-6,
     scale: float = 1.0,
-    initial_state: Array | None = None,
+    initial_state: ArrayT | None = None,
     cu_seqlens: Integers | None = None,
-    out: Array | None = None,
-    final_state_out: Array | None = None,
-) -> tuple[Array, Array]:
+    out: ArrayT | None = None,
+    final_state_out: ArrayT | None = None,
+) -> tuple[ArrayT, ArrayT]:
     """Run linear attention over time: each value is added to the fast weight under its key.
 
     Per head, from S = ``initial_state`` or zero::
@@ -205,42 +199,28 @@ def linear_attention(
     array([[7.],
            [5.]])
     """
-    o, final_state, _ = _core.linear_attention(
-        q,
-        k,
-        v,
-        beta,
-        g,
-        feature_map,
-        qk_norm,
-        attention_norm,
-        eps,
-        scale,
-        initial_state,
-        cu_seqlens,
-        out,
-        final_state_out,
-        False,
-    )
+    options = (feature_map, qk_norm, attention_norm, eps, scale, initial_state, cu_seqlens)
+    o, final_state, _ = _core.linear_attention(q, k, v, beta, g, *options, out, final_state_out, False)
     return o, final_state
 
 
+@routed_by("do")
 def delta_rule_backward(
-    do: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array,
-    g: Array | None = None,
+    do: ArrayT,
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    beta: ArrayT,
+    g: ArrayT | None = None,
     *,
-    dfinal_state: Array | None = None,
+    dfinal_state: ArrayT | None = None,
     out: Gradients | None = None,
     feature_map: FeatureMap | None = None,
     qk_norm: QKNorm | None = None,
     attention_norm: bool = False,
     eps: float = 1e-6,
     scale: float = 1.0,
-    initial_state: Array | None = None,
+    initial_state: ArrayT | None = None,
     cu_seqlens: Integers | None = None,
 ) -> Gradients:
     """Return the exact gradients of :func:`delta_rule`.
@@ -285,44 +265,27 @@ def delta_rule_backward(
     >>> grads.dbeta.shape
     (1, 5, 2)
     """
-    return Gradients(
-        *_core.delta_rule_backward(
-            do,
-            q,
-            k,
-            v,
-            beta,
-            g,
-            dfinal_state,
-            out,
-            feature_map,
-            qk_norm,
-            attention_norm,
-            eps,
-            scale,
-            initial_state,
-            cu_seqlens,
-            None,
-        )
-    )
+    options = (feature_map, qk_norm, attention_norm, eps, scale, initial_state, cu_seqlens)
+    return Gradients(*_core.delta_rule_backward(do, q, k, v, beta, g, dfinal_state, out, *options, None))
 
 
+@routed_by("do")
 def linear_attention_backward(
-    do: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None = None,
-    g: Array | None = None,
+    do: ArrayT,
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    beta: ArrayT | None = None,
+    g: ArrayT | None = None,
     *,
-    dfinal_state: Array | None = None,
+    dfinal_state: ArrayT | None = None,
     out: Gradients | None = None,
     feature_map: FeatureMap | None = None,
     qk_norm: QKNorm | None = None,
     attention_norm: bool = False,
     eps: float = 1e-6,
     scale: float = 1.0,
-    initial_state: Array | None = None,
+    initial_state: ArrayT | None = None,
     cu_seqlens: Integers | None = None,
 ) -> Gradients:
     """Return the exact gradients of :func:`linear_attention`.
@@ -338,46 +301,31 @@ def linear_attention_backward(
     >>> grads.dv.shape, grads.dbeta
     ((1, 5, 2, 4), None)
     """
+    options = (feature_map, qk_norm, attention_norm, eps, scale, initial_state, cu_seqlens)
     return Gradients(
-        *_core.linear_attention_backward(
-            do,
-            q,
-            k,
-            v,
-            beta,
-            g,
-            dfinal_state,
-            out,
-            feature_map,
-            qk_norm,
-            attention_norm,
-            eps,
-            scale,
-            initial_state,
-            cu_seqlens,
-            None,
-        )
+        *_core.linear_attention_backward(do, q, k, v, beta, g, dfinal_state, out, *options, None)
     )
 
 
+@routed_by("q")
 def vjp(
-    fn: Callable[..., tuple[Array, Array]],
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None = None,
-    g: Array | None = None,
+    fn: Callable[..., tuple[Any, Any]],
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    beta: ArrayT | None = None,
+    g: ArrayT | None = None,
     *,
     feature_map: FeatureMap | None = None,
     qk_norm: QKNorm | None = None,
     attention_norm: bool = False,
     eps: float = 1e-6,
     scale: float = 1.0,
-    initial_state: Array | None = None,
+    initial_state: ArrayT | None = None,
     cu_seqlens: Integers | None = None,
-    out: Array | None = None,
-    final_state_out: Array | None = None,
-) -> tuple[tuple[Array, Array], Pullback]:
+    out: ArrayT | None = None,
+    final_state_out: ArrayT | None = None,
+) -> tuple[tuple[ArrayT, ArrayT], Pullback]:
     """Run ``fn`` forward and return its results with a function for its gradients.
 
     Parameters
@@ -419,70 +367,37 @@ def vjp(
 
     # Checkpoints hold for the level they were made at; without them the pullback makes its own.
     level = _core.isa()
-    o, final_state, checkpoints = forward(
-        q,
-        k,
-        v,
-        beta,
-        g,
-        feature_map,
-        qk_norm,
-        attention_norm,
-        eps,
-        scale,
-        initial_state,
-        cu_seqlens,
-        out,
-        final_state_out,
-        True,
-    )
+    options = (feature_map, qk_norm, attention_norm, eps, scale, initial_state)
+    o, final_state, checkpoints = forward(q, k, v, beta, g, *options, cu_seqlens, out, final_state_out, True)
     if _core.isa() != level:
         checkpoints = None
     if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.copy() if isinstance(cu_seqlens, np.ndarray) else tuple(cu_seqlens)
+        cu_seqlens = np.array(cu_seqlens)
 
-    def pullback(do: Array, dfinal_state: Array | None = None, out: Gradients | None = None) -> Gradients:
+    def pullback(do: ArrayT, dfinal_state: ArrayT | None = None, out: Gradients | None = None) -> Gradients:
         kept = checkpoints if _core.isa() == level else None
-        return Gradients(
-            *backward(
-                do,
-                q,
-                k,
-                v,
-                beta,
-                g,
-                dfinal_state,
-                out,
-                feature_map,
-                qk_norm,
-                attention_norm,
-                eps,
-                scale,
-                initial_state,
-                cu_seqlens,
-                kept,
-            )
-        )
+        return Gradients(*backward(do, q, k, v, beta, g, dfinal_state, out, *options, cu_seqlens, kept))
 
     return (o, final_state), pullback
 
 
+@routed_by("q")
 def delta_rule_step(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array,
-    g: Array | None = None,
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    beta: ArrayT,
+    g: ArrayT | None = None,
     *,
-    state: Array,
+    state: ArrayT,
     state_indices: Integers | None = None,
     feature_map: FeatureMap | None = None,
     qk_norm: QKNorm | None = None,
     attention_norm: bool = False,
     eps: float = 1e-6,
     scale: float = 1.0,
-    out: Array | None = None,
-) -> Array:
+    out: ArrayT | None = None,
+) -> ArrayT:
     """Take one token of :func:`delta_rule`, or a few, for decoding; ``state`` is updated in place.
 
     Parameters
@@ -556,22 +471,23 @@ def delta_rule_step(
     )
 
 
+@routed_by("q")
 def linear_attention_step(
-    q: Array,
-    k: Array,
-    v: Array,
-    beta: Array | None = None,
-    g: Array | None = None,
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    beta: ArrayT | None = None,
+    g: ArrayT | None = None,
     *,
-    state: Array,
+    state: ArrayT,
     state_indices: Integers | None = None,
     feature_map: FeatureMap | None = None,
     qk_norm: QKNorm | None = None,
     attention_norm: bool = False,
     eps: float = 1e-6,
     scale: float = 1.0,
-    out: Array | None = None,
-) -> Array:
+    out: ArrayT | None = None,
+) -> ArrayT:
     """Take one token of :func:`linear_attention`, or a few, for decoding; ``state`` is updated in place.
 
     Parameters, results, errors and promises are those of :func:`delta_rule_step`; ``beta`` may be None.

@@ -43,7 +43,7 @@ def described(x: Any) -> Any:
 
 
 def routed_by(argument: str) -> Callable[[_Function], _Function]:
-    """Decorate a public function: the adapter of this argument takes the call, or, without one, the function."""
+    """Decorate a public function: this argument's adapter, if it has one, takes the call."""
 
     def decorate(function: _Function) -> _Function:
         position = list(inspect.signature(function).parameters).index(argument)
