@@ -57,7 +57,8 @@ FeatureMap::FeatureMap(int kind, int nu, double eps, py::handle projection) : ma
   projection_.read_optional("projection", projection);
   // A view of its own, so that nobody can take the memory away (ndarray.resize); of a strided last axis a copy.
   projection_.make_contiguous();
-  if (projection_.present() && !projection_.abstract()) projection_.read("projection", projection_.used()[py::ellipsis()]);
+  if (projection_.present() && !projection_.abstract())
+    projection_.read("projection", projection_.used()[py::ellipsis()]);
   map_.kind = kind;
   map_.nu = nu;
   map_.eps = eps;
@@ -72,6 +73,7 @@ int64_t FeatureMap::size(int64_t n) const {
 
 py::object FeatureMap::forward(py::handle object) const {
   const RowArray x("x", object);
+  check_memory(x.rows);
   Array y;
   y.make(x.rows, {x.count(), size(x.size())}, x.rows.dtype());
   check_scan(without_gil([&] { return fwp_feature_map_fwd(&map_, x.rows.tensor(), y.tensor(), nullptr); }));
@@ -80,6 +82,8 @@ py::object FeatureMap::forward(py::handle object) const {
 
 py::object FeatureMap::backward(py::handle d_y, py::handle object) const {
   const RowArray x("x", object), dy("dy", d_y);
+  check_memory(x.rows);
+  dy.rows.check_memory(x.rows);
   const py::tuple expected = x.shape(size(x.size()));
   if (!py::object(dy.array.attr("shape")).equal(expected))
     raise(FWP_SHAPE_ERROR, "dy: expected shape " + std::string(py::str(expected)) + ", got " +

@@ -99,21 +99,13 @@ int qk_norm_of(py::handle object) {
                                 std::string(py::repr(py::reinterpret_borrow<py::object>(object))));
 }
 
-// Arrays without memory meet no others.
-void check_memory(const char* name, const Array& array, const Array& q) {
-  if (array.abstract() != q.abstract())
-    raise(FWP_DTYPE_ERROR, std::string(name) + ": expected an array " + (q.abstract() ? "without" : "with") +
-                               " memory, as q is, got one " + (q.abstract() ? "with" : "without"));
-}
-
 // The options of a call as its caller gives them.
 struct OptionArgs {
   py::handle feature_map, qk_norm, attention_norm, eps, scale;
 
   fwp_options read(const Inputs& in, bool interruptible) const {
     fwp_options options = read(interruptible);
-    const FeatureMap* const map = python::feature_map(feature_map);
-    if (map != nullptr && map->projection().present()) check_memory("projection", map->projection(), in.q);
+    if (const FeatureMap* const map = python::feature_map(feature_map)) map->check_memory(in.q);
     options.check_only = in.q.abstract() ? 1 : 0;
     return options;
   }
@@ -155,10 +147,8 @@ int64_t check_inputs(const Inputs& in, const fwp_options& options) {
 // has then checked the caller's own memory, overlaps included.
 template <class Call>
 void run(const Call& call, Inputs& inputs, std::initializer_list<Array*> others) {
-  for (const Array* array : {&inputs.k, &inputs.v, &inputs.beta, &inputs.g, &inputs.h0})
-    if (array->present()) check_memory("array", *array, inputs.q);
-  for (const Array* array : others)
-    if (array->present()) check_memory("array", *array, inputs.q);
+  for (const Array* array : {&inputs.k, &inputs.v, &inputs.beta, &inputs.g, &inputs.h0}) array->check_memory(inputs.q);
+  for (const Array* array : others) array->check_memory(inputs.q);
   int status = without_gil(call);
   if (status == FWP_UNSUPPORTED_ERROR) {
     bool copied = false;

@@ -14,7 +14,7 @@ class FeatureMap {
   FeatureMap(int kind, int nu, double eps, pybind11::handle projection);
 
   const fwp_feature_map* tensors() const { return &map_; }
-  const Array& projection() const { return projection_; }
+  void check_memory(const Array& x) const { projection_.check_memory(x); }
   pybind11::tuple parameters() const;  // nu, eps, projection
 
   int64_t size(int64_t n) const;  // features of a row of n numbers

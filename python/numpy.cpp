@@ -85,6 +85,7 @@ int64_t index_of(const char* name, py::handle item) {
 }  // namespace
 
 void Array::read(const char* name, py::handle object) {
+  name_ = name;
   if (const AbstractArray* const array = abstract_array(object)) {
     object_ = py::reinterpret_borrow<py::object>(object);
     view(*array, float_dtype(name, *array));
@@ -150,6 +151,12 @@ void Array::make(const Array& like, int rank, const int64_t* shape, DLDataType d
 
 void Array::make(const Array& like, std::initializer_list<int64_t> shape, DLDataType dtype) {
   make(like, static_cast<int>(shape.size()), shape.begin(), dtype);
+}
+
+void Array::check_memory(const Array& other) const {
+  if (!present() || abstract_ == other.abstract_) return;
+  raise(FWP_DTYPE_ERROR, std::string(name_) + ": expected an array " + (abstract_ ? "with" : "without") +
+                             " memory, as " + other.name_ + " is, got one " + (abstract_ ? "without" : "with"));
 }
 
 py::object Array::object() const {

@@ -34,6 +34,8 @@ class Array {
   void make(const Array& like, int rank, const int64_t* shape, DLDataType dtype);
   void make(const Array& like, std::initializer_list<int64_t> shape, DLDataType dtype);
 
+  // Arrays without memory meet no others: a DTypeError if one of the two has memory.
+  void check_memory(const Array& other) const;
   bool abstract() const { return abstract_; }
   bool present() const { return object_.ptr() != nullptr; }
   const DLTensor* tensor() const { return present() ? &tensor_ : nullptr; }
@@ -58,6 +60,7 @@ class Array {
   pybind11::object original_;  // what object_ was before make_contiguous
   bool writable_ = false;
   bool abstract_ = false;
+  const char* name_ = "";
   std::vector<int64_t> integers_;
   DLTensor tensor_;
   int64_t shape_[kMaxRank];

@@ -1,8 +1,8 @@
 // XLA's custom calls: operands and attributes of a call frame become the tensors and options of fwp.h.
 //
-// The attribute "operands" has one bit for every Operand that is there, in this order, and "results" likewise; the other
-// attributes are the options. vmap puts axes in front of every buffer: "rank" says how many axes q has without them.
-// Handlers run on XLA's threads, several at once, without Python.
+// The attribute "operands" has one bit for every Operand that is there, in this order, and "results" likewise; the
+// other attributes are the options. vmap puts axes in front of every buffer: "rank" says how many axes q has without
+// them. Handlers run on XLA's threads, several at once, without Python.
 #include "xla.hpp"
 
 #include <algorithm>
@@ -36,11 +36,16 @@ ErrorCode error_code(int status) {
   switch (status) {
     case FWP_SHAPE_ERROR:
     case FWP_DTYPE_ERROR:
-    case FWP_ARGUMENT_ERROR: return ErrorCode::invalid_argument;
-    case FWP_UNSUPPORTED_ERROR: return ErrorCode::unimplemented;
-    case FWP_OUT_OF_MEMORY: return ErrorCode::resource_exhausted;
-    case FWP_INTERRUPTED: return ErrorCode::cancelled;
-    default: return ErrorCode::internal;
+    case FWP_ARGUMENT_ERROR:
+      return ErrorCode::invalid_argument;
+    case FWP_UNSUPPORTED_ERROR:
+      return ErrorCode::unimplemented;
+    case FWP_OUT_OF_MEMORY:
+      return ErrorCode::resource_exhausted;
+    case FWP_INTERRUPTED:
+      return ErrorCode::cancelled;
+    default:
+      return ErrorCode::internal;
   }
 }
 
@@ -61,13 +66,20 @@ Error* failure(const CallFrame& frame, int status) {
 
 DLDataType dtype_of(DataType type) {
   switch (type) {
-    case DataType::f16: return {kDLFloat, 16, 1};
-    case DataType::f32: return {kDLFloat, 32, 1};
-    case DataType::f64: return {kDLFloat, 64, 1};
-    case DataType::bf16: return {kDLBfloat, 16, 1};
-    case DataType::s32: return {kDLInt, 32, 1};
-    case DataType::s64: return {kDLInt, 64, 1};
-    default: return {kDLUInt, 0, 1};  // which fwp.h refuses
+    case DataType::f16:
+      return {kDLFloat, 16, 1};
+    case DataType::f32:
+      return {kDLFloat, 32, 1};
+    case DataType::f64:
+      return {kDLFloat, 64, 1};
+    case DataType::bf16:
+      return {kDLBfloat, 16, 1};
+    case DataType::s32:
+      return {kDLInt, 32, 1};
+    case DataType::s64:
+      return {kDLInt, 64, 1};
+    default:
+      return {kDLUInt, 0, 1};  // which fwp.h refuses
   }
 }
 
@@ -88,8 +100,13 @@ class Tensor {
     std::copy(buffer.dims + axes, buffer.dims + buffer.rank, shape_);
     int64_t bytes = dtype.bits / 8;
     for (int64_t i = axes; i < buffer.rank; ++i) bytes *= buffer.dims[i];
-    tensor_ = {static_cast<char*>(buffer.data) + sample * bytes, {kDLCPU, 0}, static_cast<int32_t>(buffer.rank - axes),
-               dtype, shape_, nullptr, 0};
+    tensor_ = {static_cast<char*>(buffer.data) + sample * bytes,
+               {kDLCPU, 0},
+               static_cast<int32_t>(buffer.rank - axes),
+               dtype,
+               shape_,
+               nullptr,
+               0};
     present_ = true;
   }
 
@@ -158,7 +175,7 @@ int backward(const Call& call) {
   const fwp_inputs inputs = call.inputs();
   const fwp_cotangents cotangents{sizeof cotangents, call.in(d_o), call.in(d_hT),
                                   holds && call.fits(kept) ? kept.get() : nullptr};
-  const fwp_gradients gradients{sizeof gradients, call.out(dq),    call.out(dk), call.out(dv),
+  const fwp_gradients gradients{sizeof gradients, call.out(dq), call.out(dk), call.out(dv),
                                 call.out(dbeta),  call.out(dg), call.out(dh0)};
   return function(&call.options, &inputs, &cotangents, &gradients, nullptr, 0, nullptr);
 }
@@ -205,8 +222,9 @@ struct Settings {
 
   // The name of an attribute that is missing or of another type; null if all are there.
   const char* read(const Attributes& from) {
-    const std::pair<const char*, int64_t*> integers[] = {{"operands", &operands}, {"results", &results}, {"rank", &rank},
-                                                         {"map", &map},           {"nu", &nu},           {"qk_norm", &qk_norm}};
+    const std::pair<const char*, int64_t*> integers[] = {
+        {"operands", &operands}, {"results", &results}, {"rank", &rank},
+        {"map", &map},           {"nu", &nu},           {"qk_norm", &qk_norm}};
     const std::pair<const char*, double*> numbers[] = {{"map_eps", &map_eps}, {"eps", &eps}, {"scale", &scale}};
     for (const auto& [name, value] : integers)
       if (!attribute(from, name, DataType::s64, value)) return name;

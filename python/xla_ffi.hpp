@@ -1,6 +1,7 @@
-// The call frame of XLA's foreign function interface, as version 0.1 of its C header (xla/ffi/api/c_api.h of any jaxlib)
-// lays it out, under our own names and with only the parts that a handler on the CPU needs. Later runtimes accept
-// handlers of earlier versions, and none of these structs has changed since; a test compares them with the real header.
+// The call frame of XLA's foreign function interface, as version 0.1 of its C header (xla/ffi/api/c_api.h of any
+// jaxlib) lays it out, under our own names and with only the parts that a handler on the CPU needs. Later runtimes
+// accept handlers of earlier versions, and none of these structs has changed since; a test compares them with the real
+// header.
 #pragma once
 
 #include <cstddef>

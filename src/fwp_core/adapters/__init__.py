@@ -38,7 +38,7 @@ def adapter(x: object) -> ModuleType | None:
 
 
 def described(x: Any) -> Any:
-    """Return the array as the compiled module reads it: itself, or of JAX, which traces programs, its description."""
+    """Return the array as the compiled module reads it: of JAX, which traces programs, its description."""
     return getattr(adapter(x), "abstract", lambda x: x)(x)
 
 

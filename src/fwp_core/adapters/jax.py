@@ -336,7 +336,9 @@ class _Checked(NamedTuple):
     options: tuple[Any, ...]  # the options, initial_state and cu_seqlens, as the compiled module checked them
 
 
-def _checked(function: str, arrays: tuple[Any, ...], options: tuple[Any, ...], cu_seqlens: Integers) -> _Checked:
+def _checked(
+    function: str, arrays: tuple[Any, ...], options: tuple[Any, ...], cu_seqlens: Integers
+) -> _Checked:
     numbers = _core.scan_options(*options)
     operands = _operands(dict(zip(INPUTS, arrays, strict=True)), _required(function))
     *inputs, initial_state = (None if x is None else abstract(x) for x in arrays)
@@ -370,7 +372,9 @@ def _operands(arrays: dict[str, Any], required: tuple[str, ...], **names: str) -
             continue
         devices = x.devices()
         if any(device.platform != "cpu" for device in devices):
-            raise DeviceError(f"{names.get(name, name)}: expected an array on the CPU, got one on {_list(devices)}")
+            raise DeviceError(
+                f"{names.get(name, name)}: expected an array on the CPU, got one on {_list(devices)}"
+            )
         if x.committed:
             home = home or devices
             if devices != home:

@@ -111,7 +111,12 @@ def _plain_scan(call: Call, operands: Arrays) -> tuple[Array, Array]:
     precise = {name: x.astype(call.spec("final_state").dtype) for name, x in operands.items()}
     features = call.features and call.features._replace(projection=precise.get("projection"))
     rule = recurrence.Rule(
-        call.function == "delta_rule", features, _NORMS[call.qk_norm], call.attention_norm, call.eps, call.scale
+        call.function == "delta_rule",
+        features,
+        _NORMS[call.qk_norm],
+        call.attention_norm,
+        call.eps,
+        call.scale,
     )
     o, final_state = recurrence.scan(
         jnp,

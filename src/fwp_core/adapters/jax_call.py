@@ -25,7 +25,17 @@ Arrays: TypeAlias = Mapping[str, Array]  # by name; what is absent is not there
 
 # What has a gradient; then all operands and results, in the order of python/xla.cpp.
 INPUTS = ("q", "k", "v", "beta", "g", "initial_state")
-OPERANDS = (*INPUTS, "cu_seqlens", "state_indices", "projection", "state", "do", "dfinal_state", "checkpoints", "level")
+OPERANDS = (
+    *INPUTS,
+    "cu_seqlens",
+    "state_indices",
+    "projection",
+    "state",
+    "do",
+    "dfinal_state",
+    "checkpoints",
+    "level",
+)
 RESULTS = ("o", "final_state", "checkpoints", "level", *INPUTS)  # gradients by the names of what they are of
 
 
@@ -74,7 +84,11 @@ def _registered() -> None:
 
 
 def custom_call(
-    call: Call, suffix: str, operands: Arrays, results: Mapping[str, Spec], aliases: tuple[str, str] | None = None
+    call: Call,
+    suffix: str,
+    operands: Arrays,
+    results: Mapping[str, Spec],
+    aliases: tuple[str, str] | None = None,
 ) -> dict[str, Array]:
     """Call the function of this name with the operands and return its results, by name.
 
