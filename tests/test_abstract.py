@@ -70,14 +70,13 @@ def test_steps_and_maps_are_described():
 
 
 def test_sizes_beyond_all_memory():
+    rest = (None, None, None, None, False, 0.0, 1.0, None, None, None, None, False)
     huge = _core.AbstractArray((2**20, 2**20, 8, 64), "float32")
-    result = _core.linear_attention(
-        huge, huge, huge, None, None, None, None, False, 0.0, 1.0, *[None] * 4, False
-    )
+    result = _core.linear_attention(huge, huge, huge, *rest)
     assert described(result[0]) == (huge.shape, "float32")
     huge = _core.AbstractArray((2**40, 2**40, 8, 64), "float32")
     with pytest.raises(fwp.ArgumentError, match="at most 2\\^55 elements"):
-        _core.linear_attention(huge, huge, huge, None, None, None, None, False, 0.0, 1.0, *[None] * 4, False)
+        _core.linear_attention(huge, huge, huge, *rest)
 
 
 def test_they_meet_no_array_with_memory():

@@ -340,16 +340,11 @@ def test_offsets_may_be_anything_of_integers():
     case = make_case("delta", lengths=(3, 0, 9))
     given, expected = inputs(case), cases.scan(case)
     small = case.cu_seqlens.astype(np.uint8)
-    for offsets in (
-        list(case.cu_seqlens),
-        tuple(map(int, small)),
-        small,
-        jnp.array(small),
-        jnp.array(case.cu_seqlens),
-    ):
+    on_device = [jnp.array(small), jnp.array(case.cu_seqlens)]
+    for offsets in (list(case.cu_seqlens), tuple(map(int, small)), small, *on_device):
         assert_same_bits(arrays(fwp.delta_rule(**given, cu_seqlens=offsets)), list(expected))
     traced = jax.jit(lambda given, offsets: fwp.delta_rule(**given, cu_seqlens=offsets))
-    for offsets in (jnp.array(small), jnp.array(case.cu_seqlens)):
+    for offsets in on_device:
         assert_same_bits(arrays(traced(given, offsets)), list(expected))
 
 
@@ -426,9 +421,7 @@ def test_slots_of_a_pool_known_and_traced():
         [x[0] for x in jax.vmap(step)(jnp.array([[3, -1], [0, 1]]))],
     ):
         assert_same_bits(arrays(found), [o, expected])
-    with pytest.raises(
-        fwp.ArgumentError, match="state_indices: expected every slot at most once, got 1 twice"
-    ):
+    with pytest.raises(fwp.ArgumentError, match="state_indices: expected every slot at most once"):
         fwp.delta_rule_step(*tokens, state=jnp.asarray(pool), state_indices=[1, 1])
     with pytest.raises(XLA_ERRORS, match="ArgumentError: state_indices: expected slots from 0 to S-1=3"):
         jax.block_until_ready(step(jnp.array([4, 0])))
@@ -495,9 +488,7 @@ def test_feature_maps_alone(spec):
         phi.backward(args[1][..., :1], args[0])
     with pytest.raises(fwp.DTypeError, match="x: expected dtype .*, got int32"):
         phi(jnp.ones((2, 3), jnp.int32))
-    with pytest.raises(
-        fwp.UnsupportedError, match="feature_forward: expected arguments without a derivative"
-    ):
+    with pytest.raises(fwp.UnsupportedError, match="feature_forward: expected arguments without"):
         jax.grad(lambda x: jnp.sum(phi(x)))(args[0])
 
 
@@ -643,7 +634,7 @@ REFUSED = [
     (
         {"q": lambda x: x.astype(jnp.complex64)},
         fwp.DTypeError,
-        "q: expected dtype float32, .*, got complex64",
+        "q: expected dtype .*, got complex64",
     ),
     (
         {"k": lambda x: np.ones((2, 13, 2, 16), np.float32)},
@@ -668,7 +659,7 @@ REFUSED = [
     (
         {"out": lambda x: jnp.ones(3)},
         fwp.ReadOnlyError,
-        "out: expected None, because JAX arrays are immutable",
+        "out: expected None, because JAX arrays are",
     ),
     ({"final_state_out": lambda x: np.ones(3)}, fwp.ReadOnlyError, "final_state_out: expected None"),
 ]

@@ -1,4 +1,4 @@
-"""The border to XLA: the layout of its structs, frames that are wrong, and the order in which things start."""
+"""The border to XLA: the layout of its structs, frames that are wrong, and the order of imports."""
 
 import ctypes as c
 import shutil
@@ -32,8 +32,8 @@ STRUCTS = {
     "MetadataExtension": ("XLA_FFI_Metadata_Extension", "base=extension_base metadata"),
     "Api": (
         "XLA_FFI_Api",
-        "struct_size extension_start version=api_version internal=internal_api error_create=XLA_FFI_Error_Create "
-        "handler_register=XLA_FFI_Handler_Register stream_get=XLA_FFI_Stream_Get",
+        "struct_size extension_start version=api_version internal=internal_api "
+        "error_create=XLA_FFI_Error_Create stream_get=XLA_FFI_Stream_Get",
     ),
 }
 # Those that later versions may make longer, at their end.
@@ -276,11 +276,12 @@ for used in (0, 1):
         assert np.abs(np.asarray(x) - np.asarray(y)).max() < 1e-14 * max(1, np.abs(y).max())
 
 def inside(q, k, v, beta):
-    return jax.grad(lambda q: jnp.sum(fwp.delta_rule(q, k, v, beta)[1]) + jnp.sum(fwp.delta_rule(q, k, v, beta)[0]))(q)
+    return jax.grad(lambda q: sum(map(jnp.sum, fwp.delta_rule(q, k, v, beta))))(q)
 shard_map(inside, mesh=mesh, in_specs=parts[:4], out_specs=P("x"))(q, k, v, beta)
 
 try:
-    fwp.delta_rule(jax.device_put(q, jax.devices()[1]), jax.device_put(k, jax.devices()[0]), v, jnp.concatenate([beta, beta]))
+    q, k = (jax.device_put(x, jax.devices()[i]) for i, x in enumerate((q, k)))
+    fwp.delta_rule(q, k, v, jnp.concatenate([beta, beta]))
 except fwp.DeviceError as error:
     assert "k: expected an array on" in str(error) and "as others are" in str(error), error
 else:

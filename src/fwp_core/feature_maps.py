@@ -55,7 +55,7 @@ class Parameters(NamedTuple):
 class FeatureMap(_core.FeatureMap):
     """What all feature maps can do; see the maps themselves.
 
-    Maps are equal where their parameters are, and have the same projection, not a copy of it. They are hashable.
+    Maps are hashable, and equal where their parameters are; projections where they are the same, not a copy.
     """
 
     __slots__ = ("_parameters",)  # where a tracing compiler can read them
@@ -200,8 +200,8 @@ class FAVOR(FeatureMap):
     ----------
     projection : ndarray [m, n]
         The directions R, float32 (float64 where x is). They are read at every call, where they are; only
-        those whose last axis is not contiguous are copied, once. See :func:`orthogonal_gaussian`. A JAX array,
-        which may be traced, where the map is for JAX arrays.
+        those whose last axis is not contiguous are copied, once. See :func:`orthogonal_gaussian`. For JAX
+        arrays it may be one too, also a traced one.
     eps : float
         Added to every exponential, so that no row of features is all zero.
     """

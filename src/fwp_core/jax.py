@@ -1,4 +1,4 @@
-"""The library on JAX arrays: differentiable scans under every transformation of JAX, plain calls for the rest."""
+"""The library on JAX arrays: differentiable scans under jit, vmap and shard_map, plain calls for the rest."""
 
 from .adapters.jax import (
     delta_rule,

@@ -45,12 +45,12 @@ def delta_rule(
     final_state_out: None = None,
     twice_differentiable: bool = False,
 ) -> tuple[Array, Array]:
-    """Run the delta rule over time, as :func:`fwp_core.delta_rule` does, differentiable in reverse mode.
+    """Run the delta rule over time, as :func:`fwp_core.delta_rule` does, differentiable.
 
     Parameters
     ----------
     q, k, v, beta, g, initial_state : jax.Array
-        As there, traced or not. Gradients flow to all six, from both results.
+        As there, traced or not. Gradients flow to all six, from both results, in reverse mode.
     feature_map, qk_norm, attention_norm, eps, scale
         As there; constants of the compiled program. The projection of FAVOR is an operand: a JAX array, which
         may be traced but gets no gradient, or a NumPy array.
@@ -109,7 +109,7 @@ def linear_attention(
     final_state_out: None = None,
     twice_differentiable: bool = False,
 ) -> tuple[Array, Array]:
-    """Run linear attention over time, as :func:`fwp_core.linear_attention` does, differentiable in reverse mode.
+    """Run linear attention over time, as :func:`fwp_core.linear_attention` does, differentiable.
 
     Parameters, results and errors are those of :func:`delta_rule`; ``beta`` may be None.
     """
@@ -137,9 +137,9 @@ def delta_rule_backward(
     initial_state: Array | None = None,
     cu_seqlens: Integers | None = None,
 ) -> Gradients:
-    """Return the gradients of :func:`delta_rule`, not differentiable; see :func:`fwp_core.delta_rule_backward`.
+    """Return the gradients of :func:`delta_rule`, as :func:`fwp_core.delta_rule_backward` does.
 
-    ``out`` is refused; errors are those of :func:`delta_rule`.
+    They are not differentiable. ``out`` is refused; errors are those of :func:`delta_rule`.
     """
     options = (feature_map, qk_norm, attention_norm, eps, scale)
     _refuse_out(out=out)
@@ -288,7 +288,8 @@ def diagnose(
     for name, x in operands.items():
         if isinstance(x, jax.core.Tracer):
             raise UnsupportedError(
-                f"{name}: expected an array with values, got a tracer; call diagnose outside of jit, grad and vmap"
+                f"{name}: expected an array with values, got a tracer; "
+                "call diagnose outside of jit, grad and vmap"
             )
     values: dict[str, Any] = {name: np.asarray(x) for name, x in operands.items()}
     if feature_map is not None and "projection" in values:
@@ -306,7 +307,7 @@ def diagnose(
 
 
 def feature_forward(feature_map: FeatureMap, x: Array) -> Array:
-    """Return the features of every row of x [..., n], not differentiable; see :class:`fwp_core.FeatureMap`."""
+    """Return the features of every row of x [..., n], not differentiable."""
     operands = _operands({"q": x}, ("q",), q="x") | _projection(feature_map)
     y = _core.feature_forward(_abstract_map(feature_map), abstract(x))
     return _map("feature_forward", feature_map, operands, "o", y)
@@ -361,7 +362,7 @@ def _required(function: str) -> tuple[str, ...]:
 
 
 def _operands(arrays: dict[str, Any], required: tuple[str, ...], **names: str) -> Operands:
-    """Return those that are there, all JAX arrays on one CPU device or traced. ``names``: as messages call them."""
+    """Return those that are there: JAX arrays on one CPU device, or traced. ``names``: for messages."""
     for name, x in arrays.items():
         if not isinstance(x, jax.Array) and (x is not None or name in required):
             raise DTypeError(f"{names.get(name, name)}: expected a jax.Array, got {_kind(x)}")
@@ -407,7 +408,7 @@ def _name(fn: Callable[..., Any]) -> str:
 
 
 def _stand_in(integers: Integers, some: Callable[[Any, Array], Any], q: Array) -> Any:
-    """Integers to check a call with: those given, or, where they are traced, some right ones of their shape."""
+    """Integers to check a call with: those given, or, where they are traced, right ones of their shape."""
     if not isinstance(integers, jax.Array):
         return integers
     if not isinstance(integers, jax.core.Tracer):
@@ -441,12 +442,12 @@ def _projection(feature_map: FeatureMap | None) -> Operands:
     return {"projection": jnp.asarray(projection)}
 
 
-def _abstract_map(feature_map: FeatureMap | None) -> _core.FeatureMap | None:
+def _abstract_map(feature_map: FeatureMap | None) -> Any:
     """The map with a projection without memory."""
     if feature_map is None or not isinstance(feature_map._parameters.projection, np.ndarray):
         return feature_map
-    *parameters, projection = feature_map._parameters
-    return _core.FeatureMap(*parameters, _core.AbstractArray(projection.shape, str(projection.dtype)))
+    kind, nu, eps, projection = feature_map._parameters
+    return _core.FeatureMap(kind, nu, eps, _core.AbstractArray(projection.shape, str(projection.dtype)))
 
 
 def _features(feature_map: FeatureMap | None) -> Parameters | None:
@@ -477,7 +478,7 @@ def _scan(
             )
         call = replace(call, cu_seqlens=tuple(map(int, cu_seqlens)))
     try:
-        return jax_autodiff.scan(call, operands)
+        o, final_state = jax_autodiff.scan(call, operands)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -485,6 +486,7 @@ def _scan(
             f"{function}: expected derivatives in reverse mode, as of jax.grad, jax.vjp or jax.jacrev, "
             "got forward mode, which it has none for"
         ) from error
+    return o, final_state
 
 
 def _gradients(checked: _Checked, kept: Operands, do: Any, dfinal_state: Any) -> Gradients:

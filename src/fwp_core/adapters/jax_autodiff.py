@@ -1,4 +1,4 @@
-"""The differentiable scan on JAX arrays: the kernels' gradients, and those of a plain recurrence for higher ones."""
+"""The differentiable scan on JAX arrays: first derivatives by the kernels, others of a plain recurrence."""
 
 from __future__ import annotations
 
@@ -54,9 +54,8 @@ def _scan_forward(call: Call, primals: dict[str, Any]) -> Any:
             "give it jax.lax.stop_gradient of the array"
         )
     if call.derivatives > 1:  # the next derivative goes through this very function
-        results, kept = _scan(call, operands), {}
-    else:
-        results, kept = forward(call, operands, keep=True)
+        return _scan(call, operands), (operands, {})
+    results, kept = forward(call, operands, keep=True)
     return results, (operands, kept)
 
 
@@ -118,11 +117,8 @@ def _plain_scan(call: Call, operands: Arrays) -> tuple[Array, Array]:
         call.eps,
         call.scale,
     )
+    q, k, v, beta, g, initial_state = (precise.get(name) for name in INPUTS)
     o, final_state = recurrence.scan(
-        jnp,
-        rule,
-        *(precise.get(name) for name in INPUTS),
-        cu_seqlens=call.cu_seqlens,
-        loop=jax.lax.scan,
+        jnp, rule, q, k, v, beta, g, initial_state, call.cu_seqlens, jax.lax.scan
     )
     return o.astype(call.spec("o").dtype), final_state

@@ -1,15 +1,14 @@
 """One call of a scan on JAX arrays as data, and the custom calls of XLA for it.
 
-Nothing here is differentiable. A custom call is a function of python/xla.cpp, registered when the first one is
-traced: after the backends of JAX have started, because a target that a version of JAX refuses must not keep them
-from starting.
+Nothing here is differentiable. A custom call is a function of python/xla.cpp, registered when the first one
+is traced: after the backends of JAX have started, which a target that JAX refuses must not prevent.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -116,22 +115,20 @@ def _axes(x: Array) -> frozenset[str]:
 
 
 def _spread(x: Array, axes: tuple[str, ...]) -> Array:
-    spread: Array = (
-        jax.lax.pcast(x, axes, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, axes)
-    )
+    lax: Any = jax.lax
+    spread: Array = lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
     return spread
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), inline=True)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _opaque(
+def _called(
     call: Call,
     suffix: str,
     taken: tuple[str, ...],
     made: tuple[tuple[str, Spec], ...],
     aliases: tuple[str, str] | None,
     *operands: Array,
-) -> tuple[Array, ...]:
+) -> Sequence[Array]:
     with _lock:
         _registered()
     features = call.features or Parameters(0)
@@ -146,7 +143,7 @@ def _opaque(
         vmap_method="broadcast_all",
         input_output_aliases=places,
     )
-    results: tuple[Array, ...] = target(
+    return target(
         *operands,
         operands=_mask(OPERANDS, taken),
         results=_mask(RESULTS, [name for name, _ in made]),
@@ -159,10 +156,8 @@ def _opaque(
         eps=call.eps,
         scale=call.scale,
     )
-    return results
 
 
-@_opaque.__wrapped__.defjvp
 def _not_differentiable(call: Call, suffix: str, *_: Any) -> Any:
     if call.derivatives:
         raise UnsupportedError(
@@ -175,5 +170,10 @@ def _not_differentiable(call: Call, suffix: str, *_: Any) -> Any:
     )
 
 
-def _mask(names: tuple[str, ...], present: Any) -> np.int64:
-    return np.int64(sum(1 << names.index(name) for name in present))
+_called.defjvp(_not_differentiable)
+_opaque = jax.jit(_called, static_argnums=(0, 1, 2, 3, 4), inline=True)  # fast without an outer jit, too
+
+
+def _mask(names: tuple[str, ...], present: Iterable[str]) -> np.int64:
+    mask: np.int64 = np.int64(sum(1 << names.index(name) for name in present))
+    return mask
