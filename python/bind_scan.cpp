@@ -7,11 +7,11 @@
 #include <iterator>
 #include <string>
 
+#include "arrays.hpp"
 #include "bind.hpp"
 #include "errors.hpp"
 #include "features.hpp"
 #include "fwp/fwp.h"
-#include "numpy.hpp"
 
 namespace py = pybind11;
 
@@ -37,10 +37,10 @@ struct Inputs {
 
   Inputs(const Rule& rule, py::handle q_, py::handle k_, py::handle v_, py::handle beta_, py::handle g_) {
     q.read("q", q_);
-    k.read("k", k_);
-    v.read("v", v_);
-    rule.needs_beta ? beta.read("beta", beta_) : beta.read_optional("beta", beta_);
-    g.read_optional("g", g_);
+    k.read("k", k_, &q);
+    v.read("v", v_, &q);
+    rule.needs_beta ? beta.read("beta", beta_, &q) : beta.read_optional("beta", beta_, &q);
+    g.read_optional("g", g_, &q);
   }
 
   fwp_inputs tensors() const {
@@ -147,8 +147,6 @@ int64_t check_inputs(const Inputs& in, const fwp_options& options) {
 // has then checked the caller's own memory, overlaps included.
 template <class Call>
 void run(const Call& call, Inputs& inputs, std::initializer_list<Array*> others) {
-  for (const Array* array : {&inputs.k, &inputs.v, &inputs.beta, &inputs.g, &inputs.h0}) array->check_memory(inputs.q);
-  for (const Array* array : others) array->check_memory(inputs.q);
   int status = without_gil(call);
   if (status == FWP_UNSUPPORTED_ERROR) {
     bool copied = false;
@@ -167,7 +165,7 @@ py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py:
                   py::handle initial_state, py::handle cu_seqlens, py::handle out, py::handle final_state_out,
                   bool with_checkpoints) {
   Inputs in(rule, q, k, v, beta, g);
-  in.h0.read_optional("initial_state", initial_state);
+  in.h0.read_optional("initial_state", initial_state, &in.q);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
   const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
 
@@ -175,8 +173,8 @@ py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py:
 
   const DLDataType dtype = in.v.dtype(), state_dtype = in.state_dtype();
   Array o, final_state, checkpoints;
-  o.write_optional("out", out);
-  final_state.write_optional("final_state_out", final_state_out);
+  o.write_optional("out", out, &in.q);
+  final_state.write_optional("final_state_out", final_state_out, &in.q);
   if (!o.present()) o.make(in.q, {in.v.size(0), in.v.size(1), in.heads(), in.v.size(3)}, dtype);
   if (!final_state.present()) {
     const StateShape state(options, in.q, in.v);
@@ -198,7 +196,7 @@ py::object diagnose(py::handle q, py::handle k, py::handle v, py::handle beta, p
                     py::handle qk_norm, py::handle attention_norm, py::handle eps, py::handle scale,
                     py::handle initial_state, py::handle cu_seqlens) {
   Inputs in(rule, q, k, v, beta, g);
-  in.h0.read_optional("initial_state", initial_state);
+  in.h0.read_optional("initial_state", initial_state, &in.q);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
   const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
   check_inputs(in, options);
@@ -229,19 +227,19 @@ py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py:
                    py::handle attention_norm, py::handle eps, py::handle scale, py::handle initial_state,
                    py::handle cu_seqlens, py::handle checkpoints) {
   Inputs in(rule, q, k, v, beta, g);
-  in.h0.read_optional("initial_state", initial_state);
+  in.h0.read_optional("initial_state", initial_state, &in.q);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
   const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
   check_inputs(in, options);
 
   Array cotangent, final_cotangent, kept;
-  cotangent.read("do", d_o);
-  final_cotangent.read_optional("dfinal_state", dfinal_state);
-  kept.read_optional("checkpoints", checkpoints);
+  cotangent.read("do", d_o, &in.q);
+  final_cotangent.read_optional("dfinal_state", dfinal_state, &in.q);
+  kept.read_optional("checkpoints", checkpoints, &in.q);
   const Array* const of[] = {&in.q, &in.k, &in.v, &in.beta, &in.g, &in.h0};
   Array d[std::size(kGradients)];
   for (size_t i = 0; i < std::size(kGradients); ++i) {
-    d[i].write_optional(kGradients[i], item(out, i));
+    d[i].write_optional(kGradients[i], item(out, i), &in.q);
     if (d[i].present() && !of[i]->present())
       raise(FWP_ARGUMENT_ERROR, std::string(kGradients[i]) + ": expected None, as its input is, got an array");
     if (of[i]->present() && !d[i].present()) d[i].make(in.q, of[i]->rank(), of[i]->shape(), of[i]->dtype());
@@ -265,8 +263,8 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::h
   in.state_indices.read_integers("state_indices", state_indices);
   const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, false);
   Array S, o;
-  S.write("state", state);
-  o.write_optional("out", out);
+  S.write("state", state, &in.q);
+  o.write_optional("out", out, &in.q);
   if (!o.present()) {  // whose shape is known once the inputs have been checked
     const fwp_inputs checked = in.tensors();
     size_t bytes = 0;

@@ -210,7 +210,7 @@ class FAVOR(FeatureMap):
 
     def __init__(self, projection: Array, eps: float = 0.0) -> None:
         if projection is None:
-            raise DTypeError("projection: expected a numpy.ndarray, got None")
+            raise DTypeError("projection: expected an array, got None")
         if isinstance(eps, bool) or not isinstance(eps, (float, int, np.floating, np.integer)):
             raise DTypeError(f"eps: expected a number, got {type(eps).__name__}")
         if not 0 <= eps < np.inf:
