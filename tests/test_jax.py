@@ -1,7 +1,9 @@
 """The library on JAX arrays: the bits of the NumPy path under every transformation, and loud errors."""
 
 import functools
+import re
 import threading
+from pathlib import Path
 
 import cases
 import numpy as np
@@ -15,6 +17,7 @@ import fwp_core as fwp
 pytest.importorskip("jax")
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.test_util import check_grads
 from jax_cases import BACKWARD, INPUTS, SCAN, STEP, arrays, cotangents, function, gradients, inputs, precision
@@ -23,6 +26,7 @@ import fwp_core.jax
 
 # What XLA raises for the error of a custom call depends on its version, and on whether it waits for the call.
 XLA_ERRORS = (RuntimeError, ValueError)
+ROOT = Path(__file__).parents[1]
 SMALL = {"B": 2, "T": 5, "K": 3, "V": 4, "heads": (1, 1, 1)}
 
 
@@ -749,3 +753,35 @@ def test_a_float32_scan_is_the_oracles():
     for x, exact in zip(on_jax(case), [*cases.exact_scan(case), *cases.exact_gradients(case)], strict=True):
         if exact is not None:
             assert relative_error(x, exact, floor=1.0) < TOLERANCE["gradient", "float32"]
+
+
+# What is written about it.
+
+
+def test_the_example_learns():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("jax_training", ROOT / "examples" / "jax_training.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    before, after = example.main(steps=60)
+    assert before < 0.25
+    assert after > 0.9
+
+
+def test_the_page_runs():
+    """Every block of code, in order, in one process."""
+    page = (ROOT / "docs" / "jax.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
+    if not hasattr(jax, "shard_map"):
+        blocks = [block for block in blocks if "shard_map" not in block]
+    exec("\n".join(blocks), {})
+
+
+def test_export_with_the_target_named():
+    case = make_case("delta", state=False)
+    given = inputs(case)
+    safe = jax.export.DisabledSafetyCheck.custom_call("fwp_core.delta_rule")
+    exported = jax.export.export(jax.jit(function(case)), disabled_checks=[safe])(given)
+    assert_same_bits(arrays(exported.call(given)), list(cases.scan(case)))
