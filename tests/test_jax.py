@@ -17,7 +17,6 @@ import fwp_core as fwp
 pytest.importorskip("jax")
 
 import jax
-import jax.export
 import jax.numpy as jnp
 from jax.test_util import check_grads
 from jax_cases import BACKWARD, INPUTS, SCAN, STEP, arrays, cotangents, function, gradients, inputs, precision
@@ -782,6 +781,7 @@ def test_the_page_runs():
 def test_export_with_the_target_named():
     case = make_case("delta", state=False)
     given = inputs(case)
-    safe = jax.export.DisabledSafetyCheck.custom_call("fwp_core.delta_rule")
-    exported = jax.export.export(jax.jit(function(case)), disabled_checks=[safe])(given)
+    export = pytest.importorskip("jax.export")
+    safe = export.DisabledSafetyCheck.custom_call("fwp_core.delta_rule")
+    exported = export.export(jax.jit(function(case)), disabled_checks=[safe])(given)
     assert_same_bits(arrays(exported.call(given)), list(cases.scan(case)))
