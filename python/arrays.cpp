@@ -4,6 +4,7 @@
 #include <string>
 #include <utility>
 
+#include "abstract.hpp"
 #include "errors.hpp"
 #include "exports.hpp"
 #include "numpy.hpp"
@@ -49,6 +50,8 @@ void Array::read(const char* name, py::handle object, const Array* like) {
     object_ = py::reinterpret_borrow<py::object>(object);
     tensor_.dtype = numpy::float_dtype(name, object);
     view_numpy();
+  } else if (abstract_array(object) != nullptr) {
+    read_abstract(name, object);
   } else {
     read_foreign(name, object, false);
     check_float();
@@ -60,6 +63,9 @@ void Array::write(const char* name, py::handle object, const Array* like) {
   if (numpy::is_array(object)) {
     read(name, object, like);
     writable_ = numpy::is_writable(object);
+  } else if (abstract_array(object) != nullptr) {
+    read(name, object, like);
+    writable_ = true;
   } else {
     read_foreign(name, object, true);
     check_float();
@@ -124,6 +130,8 @@ void Array::make(const Array& like, int rank, const int64_t* shape, DLDataType d
     view_numpy();
   } else if (kind_ == Kind::kExchange) {
     read_foreign("", allocate(*like.exchange_, rank, shape, dtype), false);
+  } else if (kind_ == Kind::kAbstract) {
+    read_abstract("", make_abstract(rank, shape, dtype));
   } else {
     extra().taker = like.object_;
     object_ = py::cast(OwnArray(rank, shape, dtype));
@@ -172,7 +180,7 @@ void Array::make_rows() {
   strides_[1] = strides_[last];
   shape_[1] = shape_[last];
   strides_[0] = stride;
-  shape_[0] = count;
+  shape_[0] = abstract() ? 0 : count;
   tensor_.ndim = 2;
 }
 
@@ -197,6 +205,16 @@ void Array::read_foreign(const char* name, py::handle object, bool to_write) {
   if (to_write && (managed.flags() & dlpack::kIsCopied) != 0)
     raise(FWP_ARGUMENT_ERROR,
           std::string(name) + ": expected memory to write to, got a copy of it from " + qualified_type_name(object));
+}
+
+void Array::read_abstract(const char* name, py::handle object) {
+  const AbstractArray& array = *abstract_array(object);
+  name_ = name;
+  kind_ = Kind::kAbstract;
+  object_ = py::reinterpret_borrow<py::object>(object);
+  alignas(64) static char nowhere[64];
+  std::vector<int64_t> shape = array.shape;
+  view({nowhere, {kDLCPU, 0}, static_cast<int32_t>(shape.size()), float_dtype(name, array), shape.data(), nullptr, 0});
 }
 
 void Array::check_float() const {

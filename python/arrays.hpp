@@ -1,5 +1,5 @@
 // Arrays of any framework as DLTensors: NumPy's through the array struct, a few dozen nanoseconds each, others through
-// DLPack.
+// DLPack. Those of abstract.hpp have no memory: it says what calls with them do.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -36,6 +36,7 @@ class Array {
   void make(const Array& like, std::initializer_list<int64_t> shape, DLDataType dtype);
 
   bool present() const { return kind_ != Kind::kAbsent; }
+  bool abstract() const { return kind_ == Kind::kAbstract; }
   const DLTensor* tensor() const { return present() ? &tensor_ : nullptr; }
   int rank() const { return present() ? tensor_.ndim : 0; }
   int64_t size(int axis) const { return shape_[axis]; }
@@ -48,15 +49,16 @@ class Array {
   bool make_contiguous();
   void copy_back();
   // Makes one axis of all but the last, [M,n], and the last one contiguous; a copy where strides forbid that. Not for
-  // arrays of write().
+  // arrays of write(). Without memory there are no rows, so that nothing is done with them.
   void make_rows();
 
  private:
   static constexpr int kMaxRank = 64;  // NumPy's own limit
 
-  enum class Kind { kAbsent, kNumpy, kExchange, kDlpack, kSequence };
+  enum class Kind { kAbsent, kNumpy, kExchange, kDlpack, kSequence, kAbstract };
 
   void read_foreign(const char* name, pybind11::handle object, bool to_write);
+  void read_abstract(const char* name, pybind11::handle object);
   void check_float() const;
   void check_framework(const Array& like) const;
   void view_numpy();

@@ -53,7 +53,9 @@ FeatureMap::FeatureMap(int kind, int nu, double eps, py::handle projection) : ma
   // of others, who can take memory away from any view, are copied.
   Array given;
   given.read_optional("projection", projection);
-  if (given.present()) {
+  if (given.abstract()) {
+    projection_.read("projection", projection);
+  } else if (given.present()) {
     const bool in_place = numpy::is_array(projection) && !given.make_contiguous();
     projection_.read("projection", in_place ? projection[py::ellipsis()] : given.numpy());
   }
@@ -61,6 +63,12 @@ FeatureMap::FeatureMap(int kind, int nu, double eps, py::handle projection) : ma
   map_.nu = nu;
   map_.eps = eps;
   map_.projection = projection_.tensor();
+}
+
+void FeatureMap::check_memory(const Array& x) const {
+  if (projection_.present() && projection_.abstract() != x.abstract())
+    raise(FWP_DTYPE_ERROR, std::string("projection: expected an array of the framework that q and x are of, got ") +
+                               (projection_.abstract() ? "a JAX array" : "another"));
 }
 
 int64_t FeatureMap::size(int64_t n) const {
@@ -71,6 +79,7 @@ int64_t FeatureMap::size(int64_t n) const {
 
 py::object FeatureMap::forward(py::handle object) const {
   const Rows x("x", object);
+  check_memory(x);
   const Rows y(x, size(x.row_size()));
   check_scan(without_gil([&] { return fwp_feature_map_fwd(&map_, x.tensor(), y.tensor(), nullptr); }));
   return y.object();
@@ -78,6 +87,7 @@ py::object FeatureMap::forward(py::handle object) const {
 
 py::object FeatureMap::backward(py::handle d_y, py::handle object) const {
   const Rows x("x", object), dy("dy", d_y, &x);
+  check_memory(x);
   const std::vector<int64_t> expected = x.with_last(size(x.row_size()));
   if (dy.whole != expected) raise(FWP_SHAPE_ERROR, "dy: expected shape " + text(expected) + ", got " + text(dy.whole));
   const Rows dx(x, x.row_size());

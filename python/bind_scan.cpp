@@ -103,6 +103,13 @@ int qk_norm_of(py::handle object) {
 struct OptionArgs {
   py::handle feature_map, qk_norm, attention_norm, eps, scale;
 
+  fwp_options read(const Inputs& in, bool interruptible) const {
+    fwp_options options = read(interruptible);
+    if (const FeatureMap* const map = python::feature_map(feature_map)) map->check_memory(in.q);
+    options.check_only = in.q.abstract() ? 1 : 0;
+    return options;
+  }
+
   fwp_options read(bool interruptible) const {
     fwp_options options FWP_OPTIONS_INIT;
     options.scale = number("scale", scale);
@@ -160,7 +167,7 @@ py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py:
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state, &in.q);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
-  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(true);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
 
   const int64_t elements = check_inputs(in, options);
 
@@ -191,7 +198,7 @@ py::object diagnose(py::handle q, py::handle k, py::handle v, py::handle beta, p
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state, &in.q);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
-  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(true);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
   check_inputs(in, options);
   Array probes;
   probes.make(in.q, {in.v.size(0), in.v.size(1), in.heads(), FWP_PROBES}, in.state_dtype());
@@ -222,7 +229,7 @@ py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py:
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state, &in.q);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
-  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(true);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
   check_inputs(in, options);
 
   Array cotangent, final_cotangent, kept;
@@ -254,7 +261,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::h
                 py::handle eps, py::handle scale, py::handle out) {
   Inputs in(rule, q, k, v, beta, g);
   in.state_indices.read_integers("state_indices", state_indices);
-  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(false);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, false);
   Array S, o;
   S.write("state", state, &in.q);
   o.write_optional("out", out, &in.q);
@@ -278,6 +285,11 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::h
 }  // namespace
 
 void bind_scan(py::module_& m) {
+  m.def("scan_options",
+        [](py::handle feature_map, py::handle qk_norm, py::handle attention_norm, py::handle eps, py::handle scale) {
+          const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(false);
+          return py::make_tuple(options.qk_norm, options.attention_norm != 0, options.eps, options.scale);
+        });
   m.def("linear_attention", &forward<kLinear>);
   m.def("linear_attention_backward", &backward<kLinear>);
   m.def("linear_attention_step", &step<kLinear>);

@@ -8,8 +8,10 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   pybind11::options options;
   options.disable_function_signatures();
   fwp::python::bind_errors(m);
+  fwp::python::bind_abstract(m);
   fwp::python::bind_array(m);
   fwp::python::bind_config(m);
   fwp::python::bind_features(m);
   fwp::python::bind_scan(m);
+  fwp::python::bind_xla(m);
 }

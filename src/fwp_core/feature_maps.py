@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from . import _core
 from ._core import ArgumentError, DTypeError, ShapeError
-from .adapters import adapter
+from .adapters import adapter, described
 
 __all__ = ["DPFP", "ELU1", "FAVOR", "FeatureMap", "ReLU", "Softmax", "orthogonal_gaussian"]
 
@@ -53,12 +53,15 @@ class Parameters(NamedTuple):
 
 
 class FeatureMap(_core.FeatureMap):
-    """What all feature maps can do; see the maps themselves."""
+    """What all feature maps can do; see the maps themselves.
+
+    Maps are hashable, and equal where their parameters are; projections where they are the same, not a copy.
+    """
 
     __slots__ = ("_parameters",)  # where a tracing compiler can read them
 
     def __init__(self, parameters: Parameters) -> None:
-        super().__init__(*parameters)
+        super().__init__(*parameters[:-1], described(parameters.projection))
         self._parameters = parameters
 
     def dim(self, n: int) -> int:
@@ -106,6 +109,15 @@ class FeatureMap(_core.FeatureMap):
 
     def _arguments(self) -> tuple[Any, ...]:
         return ()
+
+    def _identity(self) -> tuple[Any, ...]:
+        return type(self), *self._parameters[:-1], id(self._parameters.projection)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FeatureMap) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments()
@@ -188,7 +200,8 @@ class FAVOR(FeatureMap):
     ----------
     projection : ndarray [m, n]
         The directions R, float32 (float64 where x is). They are read at every call, where they are; those
-        whose last axis is not contiguous, and arrays of others than NumPy, are copied, once. See :func:`orthogonal_gaussian`.
+        whose last axis is not contiguous, and arrays of others than NumPy, are copied, once. For JAX arrays it
+        may be one too, also a traced one. See :func:`orthogonal_gaussian`.
     eps : float
         Added to every exponential, so that no row of features is all zero.
     """
@@ -212,7 +225,8 @@ class FAVOR(FeatureMap):
     @property
     def projection(self) -> Array:
         """The directions R."""
-        projection: Array = _core.feature_parameters(self)[2]
+        held = _core.feature_parameters(self)[2]
+        projection: Array = self._parameters.projection if isinstance(held, _core.AbstractArray) else held
         return projection
 
     @property

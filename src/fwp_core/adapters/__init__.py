@@ -47,6 +47,11 @@ def _imported(name: str) -> ModuleType:
     return jax
 
 
+def described(x: Any) -> Any:
+    """Return the array as the compiled module reads it: of JAX, which traces programs, its description."""
+    return getattr(adapter(x), "abstract", lambda x: x)(x)
+
+
 def routed_by(argument: str) -> Callable[[_Function], _Function]:
     """Decorate a public function: this argument's adapter, if it has one, takes the call."""
 
