@@ -56,10 +56,11 @@ class Array {
 
   enum class Kind { kAbsent, kNumpy, kExchange, kDlpack, kSequence };
 
+  void read_numpy(const char* name, pybind11::handle object);
   void read_foreign(const char* name, pybind11::handle object, bool to_write);
   void check_float() const;
   void check_framework(const Array& like) const;
-  void view_numpy();
+  void view_numpy(const char* name, pybind11::object object, DLDataType dtype);
   void view(const DLTensor& tensor);
   void use_copy();
 
