@@ -45,11 +45,7 @@ bool is_index(DLDataType dtype) { return dtype.code == kDLInt && (dtype.bits == 
 
 void Array::read(const char* name, py::handle object, const Array* like) {
   if (numpy::is_array(object)) {
-    name_ = name;
-    kind_ = Kind::kNumpy;
-    object_ = py::reinterpret_borrow<py::object>(object);
-    tensor_.dtype = numpy::float_dtype(name, object);
-    view_numpy();
+    read_numpy(name, object);
   } else if (abstract_array(object) != nullptr) {
     read_abstract(name, object);
   } else {
@@ -61,16 +57,16 @@ void Array::read(const char* name, py::handle object, const Array* like) {
 
 void Array::write(const char* name, py::handle object, const Array* like) {
   if (numpy::is_array(object)) {
-    read(name, object, like);
+    read_numpy(name, object);
     writable_ = numpy::is_writable(object);
   } else if (abstract_array(object) != nullptr) {
-    read(name, object, like);
+    read_abstract(name, object);
     writable_ = true;
   } else {
     read_foreign(name, object, true);
     check_float();
-    check_framework(*like);
   }
+  check_framework(*like);
   if (writable_) return;
   const bool silent = extra_ != nullptr && extra_->managed.legacy();
   raise(FWP_READ_ONLY_ERROR,
@@ -95,11 +91,7 @@ void Array::read_integers(const char* name, py::handle object) {
       raise(FWP_DTYPE_ERROR,
             std::string(name) + ": expected integers, got dtype " + std::string(py::str(object.attr("dtype"))));
     if (dtype.kind() == 'i' && dtype.itemsize() >= 4 && dtype.byteorder() == '=') {
-      name_ = name;
-      kind_ = Kind::kNumpy;
-      object_ = std::move(items);
-      tensor_.dtype = {kDLInt, static_cast<uint8_t>(8 * dtype.itemsize()), 1};
-      view_numpy();
+      view_numpy(name, std::move(items), {kDLInt, static_cast<uint8_t>(8 * dtype.itemsize()), 1});
       return;
     }
     items = items.attr("tolist")();
@@ -125,9 +117,7 @@ void Array::read_integers(const char* name, py::handle object) {
 void Array::make(const Array& like, int rank, const int64_t* shape, DLDataType dtype) {
   kind_ = like.kind_;
   if (kind_ == Kind::kNumpy) {
-    object_ = numpy::make(rank, shape, dtype);
-    tensor_.dtype = dtype;
-    view_numpy();
+    view_numpy("", numpy::make(rank, shape, dtype), dtype);
   } else if (kind_ == Kind::kExchange) {
     read_foreign("", allocate(*like.exchange_, rank, shape, dtype), false);
   } else if (kind_ == Kind::kAbstract) {
@@ -224,6 +214,7 @@ void Array::check_float() const {
 }
 
 void Array::check_framework(const Array& like) const {
+  if (kind_ == Kind::kNumpy && like.kind_ == Kind::kNumpy) return;
   const bool same = kind_ == like.kind_ && exchange_ == like.exchange_ &&
                     (kind_ != Kind::kDlpack || Py_TYPE(object_.ptr()) == Py_TYPE(like.object_.ptr()) ||
                      py::isinstance<OwnArray>(object_));  // a result of an earlier call
@@ -232,18 +223,25 @@ void Array::check_framework(const Array& like) const {
                                ", as " + like.name_ + " is, got " + qualified_type_name(object_));
 }
 
-void Array::view_numpy() {
-  const auto& array = numpy::fields(object_);
-  const int64_t item = tensor_.dtype.bits / 8;
+void Array::read_numpy(const char* name, py::handle object) {
+  view_numpy(name, py::reinterpret_borrow<py::object>(object), numpy::float_dtype(name, object));
+}
+
+void Array::view_numpy(const char* name, py::object object, DLDataType dtype) {
+  const auto& array = numpy::fields(object);
+  const int item = dtype.bits / 8, shift = __builtin_ctz(static_cast<unsigned>(item));  // divisions are slow
   for (int i = 0; i < array.nd; ++i) {
     shape_[i] = array.dimensions[i];
-    strides_[i] = array.strides[i] / item;
-    if (shape_[i] > 1 && array.strides[i] % item != 0)
-      raise(FWP_ARGUMENT_ERROR, std::string(name_) + ": expected strides that are multiples of the item size of " +
+    strides_[i] = array.strides[i] >> shift;
+    if (shape_[i] > 1 && (array.strides[i] & (item - 1)) != 0)
+      raise(FWP_ARGUMENT_ERROR, std::string(name) + ": expected strides that are multiples of the item size of " +
                                     std::to_string(item) + " bytes, got " + std::to_string(array.strides[i]) +
                                     " bytes along axis " + std::to_string(i));
   }
-  tensor_ = {array.data, {kDLCPU, 0}, array.nd, tensor_.dtype, shape_, strides_, 0};
+  tensor_ = {array.data, {kDLCPU, 0}, array.nd, dtype, shape_, strides_, 0};
+  kind_ = Kind::kNumpy;
+  name_ = name;
+  object_ = std::move(object);
 }
 
 void Array::view(const DLTensor& tensor) {

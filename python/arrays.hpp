@@ -57,11 +57,12 @@ class Array {
 
   enum class Kind { kAbsent, kNumpy, kExchange, kDlpack, kSequence, kAbstract };
 
+  void read_numpy(const char* name, pybind11::handle object);
   void read_foreign(const char* name, pybind11::handle object, bool to_write);
   void read_abstract(const char* name, pybind11::handle object);
   void check_float() const;
   void check_framework(const Array& like) const;
-  void view_numpy();
+  void view_numpy(const char* name, pybind11::object object, DLDataType dtype);
   void view(const DLTensor& tensor);
   void use_copy();
 
