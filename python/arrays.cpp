@@ -65,11 +65,11 @@ void Array::write(const char* name, py::handle object, const Array* like) {
     check_float();
     check_framework(*like);
   }
-  if (!writable_)
-    raise(FWP_READ_ONLY_ERROR, std::string(name) + ": expected a writable array, got " +
-                                   (extra_ != nullptr && extra_->managed.legacy()
-                                        ? "one whose framework does not say that it is, " + type_name(object)
-                                        : "a read-only one"));
+  if (writable_) return;
+  const bool silent = extra_ != nullptr && extra_->managed.legacy();
+  raise(FWP_READ_ONLY_ERROR,
+        std::string(name) + ": expected a writable array, got " +
+            (silent ? qualified_type_name(object) + ", which does not say that it is one" : "a read-only one"));
 }
 
 void Array::read_optional(const char* name, py::handle object, const Array* like) {
@@ -112,7 +112,8 @@ void Array::read_integers(const char* name, py::handle object) {
   kind_ = Kind::kSequence;
   object_ = std::move(items);
   shape_[0] = static_cast<int64_t>(integers.size());
-  tensor_ = {integers.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, shape_, nullptr, 0};
+  strides_[0] = 1;
+  tensor_ = {integers.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, shape_, strides_, 0};
 }
 
 void Array::make(const Array& like, int rank, const int64_t* shape, DLDataType dtype) {
@@ -139,15 +140,10 @@ py::object Array::object() const {
   return extra_ != nullptr && extra_->taker ? hand_over(object_, extra_->taker) : object_;
 }
 
-py::object Array::numpy() const {
-  if (kind_ == Kind::kNumpy && extra_ == nullptr) return object_;
-  return numpy::copy(numpy::over(tensor_, py::handle(), false));
-}
+py::object Array::numpy() const { return numpy::copy(numpy::over(tensor_, py::handle(), false)); }
 
 bool Array::make_contiguous() {
-  if (!present() || tensor_.ndim == 0 || shape_[tensor_.ndim - 1] <= 1 || tensor_.strides == nullptr ||
-      strides_[tensor_.ndim - 1] == 1)
-    return false;
+  if (!present() || tensor_.ndim == 0 || shape_[tensor_.ndim - 1] <= 1 || strides_[tensor_.ndim - 1] == 1) return false;
   use_copy();
   return true;
 }

@@ -157,9 +157,15 @@ void bind_array(py::module_& m) {
                std::string(py::str(py::tuple(py::cast(self.shape())))) + ")";
       });
   m.def("live_tensors", &live_tensors);
-  m.def("to_numpy", [](py::handle object) {
+  // Copies, as arrays of NumPy.
+  m.def("to_numpy", [](py::handle name, py::handle object) {
     Array array;
-    array.read("x", object);
+    array.read(PyUnicode_AsUTF8(name.ptr()), object);
+    return array.numpy();
+  });
+  m.def("to_integers", [](py::handle name, py::handle object) {
+    Array array;
+    array.read_integers(PyUnicode_AsUTF8(name.ptr()), object);
     return array.numpy();
   });
 }

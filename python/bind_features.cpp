@@ -7,6 +7,7 @@
 #include "bind.hpp"
 #include "errors.hpp"
 #include "features.hpp"
+#include "numpy.hpp"
 
 namespace py = pybind11;
 
@@ -48,13 +49,13 @@ std::string text(const std::vector<int64_t>& shape) { return py::str(py::tuple(p
 }  // namespace
 
 FeatureMap::FeatureMap(int kind, int nu, double eps, py::handle projection) : map_ FWP_FEATURE_MAP_INIT {
+  // A view of its own, so that nobody can take the memory away (ndarray.resize), of a strided last axis a copy. Arrays
+  // of others, who can take memory away from any view, are copied.
   Array given;
   given.read_optional("projection", projection);
-  // A view of its own, so that nobody can take the memory away (ndarray.resize), of a strided last axis a copy. Others
-  // than NumPy can take memory away from any view.
   if (given.present()) {
-    given.make_contiguous();
-    projection_.read("projection", given.numpy()[py::ellipsis()]);
+    const bool in_place = numpy::is_array(projection) && !given.make_contiguous();
+    projection_.read("projection", in_place ? projection[py::ellipsis()] : given.numpy());
   }
   map_.kind = kind;
   map_.nu = nu;

@@ -19,8 +19,9 @@ std::atomic<int64_t> imported{0};
   const bool blame = PyErr_ExceptionMatches(PyExc_Exception) != 0 && PyErr_ExceptionMatches(PyExc_MemoryError) == 0;
   py::error_already_set error;
   if (!blame) throw error;
-  const std::string message = std::string(name) + ": expected a plain array in memory, but this " + type_name(object) +
-                              " cannot be handed out: " + std::string(py::str(error.value()));
+  const std::string reason = py::str(error.value());
+  const std::string message = std::string(name) + ": expected an array that hands out its memory, got " +
+                              qualified_type_name(object) + ", which does not: " + reason.substr(0, reason.find('\n'));
   try {
     raise(FWP_UNSUPPORTED_ERROR, message);
   } catch (py::error_already_set& ours) {
@@ -141,7 +142,7 @@ int64_t live_tensors() { return imported + exported_tensors(); }
 
 std::string dtype_name(DLDataType dtype) {
   constexpr const char* kNames[] = {"int", "uint", "float", "handle", "bfloat", "complex"};
-  std::string name = "dtype code " + std::to_string(dtype.code) + " of ";
+  std::string name = "DLPack's type code " + std::to_string(dtype.code) + " of size ";
   if (dtype.code <= dlpack::kComplex) name = kNames[dtype.code];
   name = dtype.code == dlpack::kBool ? "bool" : name + std::to_string(dtype.bits);
   return dtype.lanes == 1 ? name : name + "x" + std::to_string(dtype.lanes);

@@ -187,8 +187,8 @@ class FAVOR(FeatureMap):
     Parameters
     ----------
     projection : ndarray [m, n]
-        The directions R, float32 (float64 where x is). They are read at every call, where they are; only
-        those whose last axis is not contiguous are copied, once. See :func:`orthogonal_gaussian`.
+        The directions R, float32 (float64 where x is). They are read at every call, where they are; those
+        whose last axis is not contiguous, and arrays of others than NumPy, are copied, once. See :func:`orthogonal_gaussian`.
     eps : float
         Added to every exponential, so that no row of features is all zero.
     """

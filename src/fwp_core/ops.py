@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
-import numpy as np
-
 from . import _core
 from ._core import ArgumentError
 from .adapters import routed_by
@@ -125,8 +123,9 @@ def delta_rule(
     Raises
     ------
     ShapeError, DTypeError, ArgumentError, ReadOnlyError
-        For the first argument that is wrong, before anything is computed or written. Only numpy.ndarray
-        itself is taken, no list and no subclass; nothing is cast.
+        For the first argument that is wrong, before anything is computed or written. Nothing is cast.
+    DeviceError, UnsupportedError
+        For an array that is not in the CPU's memory, or does not hand it out.
     MemoryError, KeyboardInterrupt
         An interrupted call leaves ``out`` and ``final_state_out`` with unspecified contents.
 
@@ -372,7 +371,7 @@ def vjp(
     if _core.isa() != level:
         checkpoints = None
     if cu_seqlens is not None:
-        cu_seqlens = np.array(cu_seqlens)
+        cu_seqlens = _core.to_integers("cu_seqlens", cu_seqlens)
 
     def pullback(do: ArrayT, dfinal_state: ArrayT | None = None, out: Gradients | None = None) -> Gradients:
         kept = checkpoints if _core.isa() == level else None
