@@ -230,7 +230,7 @@ def test_legacy_batches_are_refused():
     case = small("delta")
     inputs = tensors(case, True)
     o, _ = scan(case, inputs)
-    with pytest.raises(fwp.UnsupportedError, match="do: expected a plain array in memory"):
+    with pytest.raises(fwp.UnsupportedError, match="do: expected an array that hands out its memory"):
         torch.autograd.grad(o, inputs[0], torch.stack([tensor(case.do)] * 2), is_grads_batched=True)
 
 
