@@ -225,6 +225,15 @@ def test_jacrev_of_jacrev():
     same([flat], [flat.T])
 
 
+def test_legacy_batches_are_refused():
+    """torch.autograd.grad has a vmap of its own, older than torch.func's, that knows no Function."""
+    case = small("delta")
+    inputs = tensors(case, True)
+    o, _ = scan(case, inputs)
+    with pytest.raises(fwp.UnsupportedError, match="do: expected an array that hands out its memory"):
+        torch.autograd.grad(o, inputs[0], torch.stack([tensor(case.do)] * 2), is_grads_batched=True)
+
+
 # Forward mode.
 
 
@@ -301,7 +310,10 @@ def test_autocast_gives_gradients_in_the_inputs_dtypes():
     with torch.autocast("cpu", torch.bfloat16):
         o, final_state = scan(case, inputs)
         grads = torch.autograd.grad(o.float().sum() + final_state.sum(), inputs, create_graph=True)
-        second = torch.autograd.grad(sum(x.float().square().sum() for x in grads), inputs)
+        total = sum(x.float().square().sum() for x in grads)
+        second = torch.autograd.grad(total, inputs, retain_graph=True)
+    outside = torch.autograd.grad(total, inputs)
+    assert all(torch.equal(x, y) for x, y in zip(second, outside, strict=True))
     assert [x.dtype for x in (*grads, *second)] == [torch.float32] * 12
     cast = [x.detach().bfloat16().requires_grad_() for x in inputs[:3]] + inputs[3:]
     o, final_state = scan(case, cast)
