@@ -15,7 +15,7 @@ It costs memory for all states, O(T K V), when it is differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -48,11 +48,11 @@ def scan(
     cu_seqlens: Sequence[int] | None = None,
     loop: Loop | None = None,
 ) -> tuple[Array, Array]:
-    """Return ``o`` [B,T,H,V] and ``final_state`` as :func:`fwp_core.delta_rule` does, in the arrays' own precision.
+    """Return ``o`` [B,T,H,V] and ``final_state`` as :func:`fwp_core.delta_rule` does.
 
-    All arrays have one dtype. ``cu_seqlens`` are plain integers.
-    ``loop(step, state, tokens)`` walks over the first axis of a tuple of arrays as ``jax.lax.scan`` does, which
-    may be given; a Python loop unless it is.
+    All arrays have one dtype, that of the results. ``cu_seqlens`` are plain integers. ``loop(step, state,
+    tokens)`` walks over the first axis of a tuple of arrays as ``jax.lax.scan`` does, which may be given; a
+    Python loop unless it is.
     """
     loop = loop or (lambda step, state, tokens: _walk(xp, step, state, tokens))
     heads = max(x.shape[2] for x in (q, k, v))
@@ -95,7 +95,7 @@ def _walk(
 def _token(
     xp: Any, rule: Rule, state: Array, q: Array, k: Array, v: Array, beta: Array | None, g: Array | None
 ) -> tuple[Array, Array]:
-    """One token of all heads: q, k [B,H,K], v [B,H,V], beta [B,H], g [B,H] or [B,H,K], state [B,H,K,V(+1)]."""
+    """One token of all heads: q, k [B,H,K], v [B,H,V], beta [B,H], g [B,H] or [B,H,K], state [B,H,K,V]."""
     if g is not None:
         state = _decayed(xp, state, g[..., None] if g.ndim == 3 else g[..., None, None])
     u = v - _read(xp, rule, state, k) if rule.delta else v
