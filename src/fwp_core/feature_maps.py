@@ -199,16 +199,16 @@ class FAVOR(FeatureMap):
     Parameters
     ----------
     projection : ndarray [m, n]
-        The directions R, float32 (float64 where x is). They are read at every call, where they are; only
-        those whose last axis is not contiguous are copied, once. See :func:`orthogonal_gaussian`. For JAX
-        arrays it may be one too, also a traced one.
+        The directions R, float32 (float64 where x is). They are read at every call, where they are; those
+        whose last axis is not contiguous, and arrays of others than NumPy and JAX, are copied, once. A JAX
+        array, which may be traced, is for JAX arrays only. See :func:`orthogonal_gaussian`.
     eps : float
         Added to every exponential, so that no row of features is all zero.
     """
 
     __slots__ = ()
 
-    def __init__(self, projection: Array, eps: float = 0.0) -> None:
+    def __init__(self, projection: Any, eps: float = 0.0) -> None:
         if projection is None:
             raise DTypeError("projection: expected an array, got None")
         if isinstance(eps, bool) or not isinstance(eps, (float, int, np.floating, np.integer)):
