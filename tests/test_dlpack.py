@@ -242,7 +242,8 @@ def test_projections(framework, dtype):
     for rows in (projection, projection[::-1], np.asfortranarray(projection)):
         phi = fwp.feature_maps.FAVOR(framework.array(rows) if rows.strides[0] > 0 else Producer(rows))
         same_bits(phi.projection, np.ascontiguousarray(rows))
-        same_bits(_core.feature_forward(phi, x), fwp.feature_maps.FAVOR(rows)(x))
+        mine = framework.array(x) if isinstance(framework, Jax) else x
+        same_bits(framework.numpy(phi(mine)) if mine is not x else phi(x), fwp.feature_maps.FAVOR(rows)(x))
 
 
 def test_diagnose(framework):

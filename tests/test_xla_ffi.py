@@ -310,3 +310,17 @@ print("right")
 """
     done = run_python(code, JAX_ENABLE_X64="0")
     assert done.stdout == "right\n", done.stderr
+
+
+def test_a_step_leaves_a_state_that_it_may_not_take():
+    """A program that does not let the new state have the memory of the old one gets a copy."""
+    jax = pytest.importorskip("jax")
+    call()
+    q, state = jax.numpy.ones((1, 1, 2)), jax.numpy.ones((1, 1, 2, 2))
+    specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, state)]
+    target = jax.ffi.ffi_call("fwp_core.linear_attention_step", specs, vmap_method="broadcast_all")
+    attributes = ATTRIBUTES | {"operands": np.int64(7 + (1 << 9)), "rank": np.int64(3)}
+    o, after = target(q, q, q, state, **attributes)
+    assert np.array_equal(np.ravel(o), [4, 4])
+    assert np.array_equal(np.ravel(after), [2] * 4)
+    assert np.array_equal(np.ravel(state), [1] * 4)
