@@ -169,7 +169,8 @@ class FAVOR(FeatureMap):
     ----------
     projection : ndarray [m, n]
         The directions R, float32 (float64 where x is). They are read at every call, where they are; those
-        whose last axis is not contiguous, and arrays of others than NumPy, are copied, once. See :func:`orthogonal_gaussian`.
+        whose last axis is not contiguous, and arrays of others than NumPy, are copied, once. See
+        :func:`orthogonal_gaussian`.
     eps : float
         Added to every exponential, so that no row of features is all zero.
     """
