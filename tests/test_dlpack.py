@@ -588,7 +588,10 @@ def test_what_is_no_array_is_refused(bad):
 def torch_tensors():
     torch = pytest.importorskip("torch")
     x = torch.from_numpy(X)
+    with importlib.import_module("torch._subclasses").FakeTensorMode():
+        fake = torch.empty(2, 6, 4, 8)
     return {
+        "fake": (fake, fwp.ArgumentError),
         "meta": (x.to("meta"), fwp.UnsupportedError),
         "sparse": (x.to_sparse(), fwp.UnsupportedError),
         "complex": (torch.complex(x, x).conj(), fwp.DTypeError),
@@ -598,7 +601,7 @@ def torch_tensors():
     }
 
 
-@pytest.mark.parametrize("kind", ["meta", "sparse", "complex", "integers", "quantized", "scalar"])
+@pytest.mark.parametrize("kind", ["fake", "meta", "sparse", "complex", "integers", "quantized", "scalar"])
 def test_torch_tensors_that_are_refused(kind):
     tensor, error = torch_tensors()[kind]
     with pytest.raises(error, match="^q: expected ") as caught:
