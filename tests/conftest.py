@@ -35,7 +35,7 @@ ABSENT = re.compile(r"could not import '|has __version__ |fla is not installed|n
 
 
 def pytest_addoption(parser):
-    parser.addoption("--interop", action="store_true", help="a test skipped for want of a package is an error")
+    parser.addoption("--interop", action="store_true", help="skips for want of a package are errors")
 
 
 def pytest_sessionfinish(session):
