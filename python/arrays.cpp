@@ -38,6 +38,19 @@ bool is_float(DLDataType dtype) {
 
 bool is_integer(DLDataType dtype) { return dtype.lanes == 1 && (dtype.code == kDLInt || dtype.code == kDLUInt); }
 
+[[noreturn]] void refuse_strides(const char* name, int item, const py::detail::PyArray_Proxy& array) {
+  int axis = 0;
+  while (array.dimensions[axis] <= 1 || array.strides[axis] % item == 0) ++axis;
+  raise(FWP_ARGUMENT_ERROR, std::string(name) + ": expected strides that are multiples of the item size of " +
+                                std::to_string(item) + " bytes, got " + std::to_string(array.strides[axis]) +
+                                " bytes along axis " + std::to_string(axis));
+}
+
+[[noreturn]] void refuse_framework(const char* name, py::handle object, const char* first, py::handle like) {
+  raise(FWP_DTYPE_ERROR, std::string(name) + ": expected an array of type " + qualified_type_name(like) + ", as " +
+                             first + " is, got " + qualified_type_name(object));
+}
+
 // Integers that fwp.h reads as they are.
 bool is_index(DLDataType dtype) { return dtype.code == kDLInt && (dtype.bits == 32 || dtype.bits == 64); }
 
@@ -45,7 +58,8 @@ bool is_index(DLDataType dtype) { return dtype.code == kDLInt && (dtype.bits == 
 
 void Array::read(const char* name, py::handle object, const Array* like) {
   if (numpy::is_array(object)) {
-    read_numpy(name, object);
+    view_numpy(name, object, numpy::float_dtype(name, object));
+    if (like == nullptr || like->kind_ == Kind::kNumpy) return;
   } else if (abstract_array(object) != nullptr) {
     read_abstract(name, object);
   } else {
@@ -57,7 +71,7 @@ void Array::read(const char* name, py::handle object, const Array* like) {
 
 void Array::write(const char* name, py::handle object, const Array* like) {
   if (numpy::is_array(object)) {
-    read_numpy(name, object);
+    view_numpy(name, object, numpy::float_dtype(name, object));
     writable_ = numpy::is_writable(object);
   } else if (abstract_array(object) != nullptr) {
     read_abstract(name, object);
@@ -91,7 +105,7 @@ void Array::read_integers(const char* name, py::handle object) {
       raise(FWP_DTYPE_ERROR,
             std::string(name) + ": expected integers, got dtype " + std::string(py::str(object.attr("dtype"))));
     if (dtype.kind() == 'i' && dtype.itemsize() >= 4 && dtype.byteorder() == '=') {
-      view_numpy(name, std::move(items), {kDLInt, static_cast<uint8_t>(8 * dtype.itemsize()), 1});
+      view_numpy(name, object, {kDLInt, static_cast<uint8_t>(8 * dtype.itemsize()), 1});
       return;
     }
     items = items.attr("tolist")();
@@ -117,7 +131,8 @@ void Array::read_integers(const char* name, py::handle object) {
 void Array::make(const Array& like, int rank, const int64_t* shape, DLDataType dtype) {
   kind_ = like.kind_;
   if (kind_ == Kind::kNumpy) {
-    view_numpy("", numpy::make(rank, shape, dtype), dtype);
+    const py::object made = numpy::make(rank, shape, dtype);
+    view_numpy("", made, dtype);
   } else if (kind_ == Kind::kExchange) {
     read_foreign("", allocate(*like.exchange_, rank, shape, dtype), false);
   } else if (kind_ == Kind::kAbstract) {
@@ -218,30 +233,24 @@ void Array::check_framework(const Array& like) const {
   const bool same = kind_ == like.kind_ && exchange_ == like.exchange_ &&
                     (kind_ != Kind::kDlpack || Py_TYPE(object_.ptr()) == Py_TYPE(like.object_.ptr()) ||
                      py::isinstance<OwnArray>(object_));  // a result of an earlier call
-  if (!same)
-    raise(FWP_DTYPE_ERROR, std::string(name_) + ": expected an array of type " + qualified_type_name(like.object_) +
-                               ", as " + like.name_ + " is, got " + qualified_type_name(object_));
+  if (!same) refuse_framework(name_, object_, like.name_, like.object_);
 }
 
-void Array::read_numpy(const char* name, py::handle object) {
-  view_numpy(name, py::reinterpret_borrow<py::object>(object), numpy::float_dtype(name, object));
-}
-
-void Array::view_numpy(const char* name, py::object object, DLDataType dtype) {
+void Array::view_numpy(const char* name, py::handle object, DLDataType dtype) {
   const auto& array = numpy::fields(object);
   const int item = dtype.bits / 8, shift = __builtin_ctz(static_cast<unsigned>(item));  // divisions are slow
+  Py_intptr_t bits = 0;
   for (int i = 0; i < array.nd; ++i) {
-    shape_[i] = array.dimensions[i];
-    strides_[i] = array.strides[i] >> shift;
-    if (shape_[i] > 1 && (array.strides[i] & (item - 1)) != 0)
-      raise(FWP_ARGUMENT_ERROR, std::string(name) + ": expected strides that are multiples of the item size of " +
-                                    std::to_string(item) + " bytes, got " + std::to_string(array.strides[i]) +
-                                    " bytes along axis " + std::to_string(i));
+    const Py_intptr_t size = array.dimensions[i], stride = array.strides[i];
+    shape_[i] = size;
+    strides_[i] = stride >> shift;
+    if (size > 1) bits |= stride;
   }
+  if ((bits & (item - 1)) != 0) refuse_strides(name, item, array);
   tensor_ = {array.data, {kDLCPU, 0}, array.nd, dtype, shape_, strides_, 0};
   kind_ = Kind::kNumpy;
   name_ = name;
-  object_ = std::move(object);
+  object_ = py::reinterpret_borrow<py::object>(object);
 }
 
 void Array::view(const DLTensor& tensor) {

@@ -57,12 +57,11 @@ class Array {
 
   enum class Kind { kAbsent, kNumpy, kExchange, kDlpack, kSequence, kAbstract };
 
-  void read_numpy(const char* name, pybind11::handle object);
-  void read_foreign(const char* name, pybind11::handle object, bool to_write);
-  void read_abstract(const char* name, pybind11::handle object);
-  void check_float() const;
+  [[gnu::cold]] void read_foreign(const char* name, pybind11::handle object, bool to_write);
+  [[gnu::cold]] void read_abstract(const char* name, pybind11::handle object);
+  [[gnu::cold]] void check_float() const;
   void check_framework(const Array& like) const;
-  void view_numpy(const char* name, pybind11::object object, DLDataType dtype);
+  void view_numpy(const char* name, pybind11::handle object, DLDataType dtype);
   void view(const DLTensor& tensor);
   void use_copy();
 
@@ -73,7 +72,7 @@ class Array {
     pybind11::object original, copy;  // of use_copy, as bits in NumPy arrays
     std::vector<int64_t> integers;    // of a sequence
   };
-  Extra& extra();
+  [[gnu::cold]] Extra& extra();
 
   Kind kind_ = Kind::kAbsent;
   bool writable_ = false;
