@@ -6,6 +6,11 @@
 #include <cstdint>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 // fwp_simt_switch(save, load): stores the registers that a call preserves and the stack pointer in *save, and goes on
 // from `load`. fwp_simt_enter is where a new fiber starts: it calls body(argument).
 extern "C" void fwp_simt_switch(void** save, void* load);
@@ -120,16 +125,46 @@ Fiber::Fiber() {
 Fiber::~Fiber() { munmap(memory_, bytes_); }
 
 void Fiber::restart(void (*body)(void*), void* argument) {
+  body_ = body;
+  argument_ = argument;
   void** const slots = reinterpret_cast<void**>(memory_ + bytes_) - kSlots;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(memory_ + bytes_ - kStackBytes, kStackBytes);
+#endif
   for (size_t i = 0; i < kSlots; ++i) slots[i] = nullptr;
-  slots[kBody] = reinterpret_cast<void*>(body);
-  slots[kArgument] = argument;
+  slots[kBody] = reinterpret_cast<void*>(&Fiber::start);
+  slots[kArgument] = this;
   slots[kReturn] = reinterpret_cast<void*>(&fwp_simt_enter);
   inside_ = slots;
 }
 
-void Fiber::resume() { fwp_simt_switch(&outside_, inside_); }
+void Fiber::start(void* self) {
+  Fiber& fiber = *static_cast<Fiber*>(self);
+  fiber.arrived(nullptr);
+  fiber.body_(fiber.argument_);
+}
 
+// The address sanitizer is told of each change of stacks. `kept` is what it knows of the one that is left.
+#if defined(__SANITIZE_ADDRESS__)
+void Fiber::resume() {
+  void* kept = nullptr;
+  __sanitizer_start_switch_fiber(&kept, memory_ + bytes_ - kStackBytes, kStackBytes);
+  fwp_simt_switch(&outside_, inside_);
+  __sanitizer_finish_switch_fiber(kept, nullptr, nullptr);
+}
+
+void Fiber::suspend() {
+  void* kept = nullptr;
+  __sanitizer_start_switch_fiber(&kept, outside_stack_, outside_bytes_);
+  fwp_simt_switch(&inside_, outside_);
+  arrived(kept);
+}
+
+void Fiber::arrived(void* kept) { __sanitizer_finish_switch_fiber(kept, &outside_stack_, &outside_bytes_); }
+#else
+void Fiber::resume() { fwp_simt_switch(&outside_, inside_); }
 void Fiber::suspend() { fwp_simt_switch(&inside_, outside_); }
+void Fiber::arrived(void*) {}
+#endif
 
 }  // namespace fwp::simt

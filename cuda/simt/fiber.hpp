@@ -23,10 +23,17 @@ class Fiber {
  private:
   static constexpr size_t kStackBytes = 256 << 10;
 
+  static void start(void* self);
+  void arrived(void* kept);  // on this fiber's stack, from outside
+
   char* memory_;  // a page that must not be touched, then the stack, which grows towards it
   size_t bytes_;
   void* inside_ = nullptr;  // stack pointers while the other side runs
   void* outside_ = nullptr;
+  const void* outside_stack_ = nullptr;
+  size_t outside_bytes_ = 0;
+  void (*body_)(void*) = nullptr;
+  void* argument_ = nullptr;
 };
 
 }  // namespace fwp::simt

@@ -228,12 +228,8 @@ class Block {
     }
   }
 
-  // Ends the launch: this thread never runs again, and run() throws.
-  [[noreturn]] void fail(const std::string& what) {
-    fault_ = what + ", in block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
-             std::to_string(index.z) + ")";
-    for (;;) current_->fiber.suspend();
-  }
+  // Ends the launch: body() takes it from here to run(), on another stack.
+  [[noreturn]] void fail(const std::string& what) { throw Fault(what + in_block()); }
 
   Dim3 index{};
   const Dim3 grid;
@@ -248,7 +244,16 @@ class Block {
   Thread& thread(int warp, int lane) { return threads_[static_cast<size_t>(warp * kWarp + lane)]; }
 
   void body() {
-    kernel_();
+    try {
+      kernel_();
+      end();
+    } catch (const Fault& fault) {
+      fault_ = fault.what();
+    }
+    for (;;) current_->fiber.suspend();
+  }
+
+  void end() {
     Thread& thread = *current_;
     for (const auto& group : thread.copies)
       if (!group.empty())
@@ -256,7 +261,11 @@ class Block {
     thread.state = State::done;
     --live_;
     release_barrier();
-    for (;;) current_->fiber.suspend();
+  }
+
+  std::string in_block() const {
+    return ", in block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
+           ")";
   }
 
   int next() {
@@ -320,8 +329,7 @@ class Block {
       const std::string where = thread.state == State::done ? "has ended" : "waits at " + text(thread.at);
       if (seen.insert(where).second) what += (seen.size() > 1 ? "; " : " ") + text(thread.index) + " " + where;
     }
-    throw Fault(what + ", in block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
-                std::to_string(index.z) + ")");
+    fail(what);
   }
 
   Moment now(const Site& site) {

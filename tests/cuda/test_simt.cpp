@@ -138,7 +138,7 @@ TEST_CASE("two writes race, also of the same value and of halves of a word") {
 }
 
 TEST_CASE("a race names threads and lines") {
-  const int line = __LINE__ + 2;
+  const int line = __LINE__ + 1;
   const std::string what = fault([] { store_shared(shared_floats(), 1.0f); });
   CHECK(has(what, "store_shared at test_simt.cpp:" + std::to_string(line)));
   CHECK(has(what, "byte 0: thread "));
