@@ -260,13 +260,16 @@ void Array::view(const DLTensor& tensor) {
                                 device_name(device, tensor.device.device_id));
   if (tensor.ndim < 0 || tensor.ndim > kMaxRank)
     raise(FWP_SHAPE_ERROR, std::string(name_) + ": expected at most 64 axes, got " + std::to_string(tensor.ndim));
+  if (tensor.ndim > 0 && tensor.shape == nullptr)
+    raise(FWP_SHAPE_ERROR, std::string(name_) + ": expected a tensor with a shape, got one of " +
+                               std::to_string(tensor.ndim) + " axes without");
   int64_t compact = 1;
   for (int i = tensor.ndim; i-- > 0;) {
     shape_[i] = tensor.shape[i];
     if (shape_[i] < 0)
       raise(FWP_SHAPE_ERROR, std::string(name_) + ": expected sizes of 0 or more, got " + std::to_string(shape_[i]));
     strides_[i] = tensor.strides != nullptr ? tensor.strides[i] : compact;
-    compact *= std::max<int64_t>(shape_[i], 1);
+    if (__builtin_mul_overflow(compact, std::max<int64_t>(shape_[i], 1), &compact)) compact = INT64_MAX;
   }
   const bool empty = std::any_of(shape_, shape_ + tensor.ndim, [](int64_t size) { return size == 0; });
   alignas(64) static char nowhere[64];

@@ -70,20 +70,34 @@ py::capsule encapsulate(Tensor& managed, const char* name) {
   return py::reinterpret_steal<py::capsule>(capsule);
 }
 
-bool wants_versioned(py::handle max_version) {
-  return !max_version.is_none() && max_version.cast<std::pair<int64_t, int64_t>>().first >= dlpack::kMajor;
+// An argument of a method; DTypeError if it is nothing like what is expected.
+template <class T>
+T argument(const char* name, const char* expected, py::handle object) {
+  try {
+    return object.cast<T>();
+  } catch (const py::cast_error&) {
+    raise(FWP_DTYPE_ERROR, std::string(name) + ": expected " + expected + ", got " +
+                               std::string(py::repr(py::reinterpret_borrow<py::object>(object))));
+  }
 }
+
+bool wants_versioned(py::handle max_version) {
+  if (max_version.is_none()) return false;
+  return argument<std::pair<int64_t, int64_t>>("max_version", "two integers", max_version).first >= dlpack::kMajor;
+}
+
+bool wants_copy(py::handle copy) { return !copy.is_none() && argument<bool>("copy", "None, True or False", copy); }
 
 py::capsule to_dlpack(const OwnArray& array, py::handle stream, py::handle max_version, py::handle dl_device,
                       py::handle copy) {
-  if (!stream.is_none() && stream.cast<int64_t>() != -1)
+  if (!stream.is_none() && argument<int64_t>("stream", "None", stream) != -1)
     raise(FWP_DEVICE_ERROR, "stream: expected None for memory of the CPU, got " + std::string(py::str(stream)));
   if (!dl_device.is_none()) {
-    const auto [type, id] = dl_device.cast<std::pair<int, int>>();
+    const auto [type, id] = argument<std::pair<int, int>>("dl_device", "two integers", dl_device);
     if (type != dlpack::kCPU || id != 0)
       raise(FWP_DEVICE_ERROR, "dl_device: expected the CPU, (1, 0), got " + device_name(type, id));
   }
-  const bool copied = !copy.is_none() && copy.cast<bool>();
+  const bool copied = wants_copy(copy);
   const OwnArray exported_array = copied ? array.copy() : array;
   return wants_versioned(max_version) ? exported_array.export_versioned(copied) : exported_array.export_legacy();
 }
@@ -94,7 +108,7 @@ py::object to_numpy(py::object self, py::handle dtype, py::handle copy) {
   const bool cast =
       !dtype.is_none() &&
       !py::object(view.attr("dtype")).equal(py::dtype::from_args(py::reinterpret_borrow<py::object>(dtype)));
-  if (!copy.is_none() && !copy.cast<bool>()) {
+  if (!copy.is_none() && !wants_copy(copy)) {
     if (cast)
       raise(FWP_ARGUMENT_ERROR,
             "copy: expected True or None where the dtype changes to " + std::string(py::str(dtype)) + ", got False");
@@ -152,6 +166,8 @@ void bind_array(py::module_& m) {
            py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
       .def("__dlpack_device__", [](const OwnArray&) { return py::make_tuple(dlpack::kCPU + 0, 0); })
       .def("__array__", &to_numpy, py::arg("dtype") = py::none(), py::arg("copy") = py::none())
+      .def("__copy__", [](const OwnArray& self) { return self; })
+      .def("__deepcopy__", [](const OwnArray& self, py::handle) { return self.copy(); })
       .def("__repr__", [](OwnArray& self) {
         return "fwp_core.Array(" + dtype_name(self.tensor().dtype) + " " +
                std::string(py::str(py::tuple(py::cast(self.shape())))) + ")";

@@ -1,5 +1,6 @@
 """Arrays of every framework: the results of NumPy arrays, in their own kind, from and in their own memory."""
 
+import copy
 import ctypes
 import gc
 import importlib
@@ -442,6 +443,7 @@ REFUSED = {
     "axes": (fwp.ShapeError, "at most 64 axes, got 65", {"ndim": 65}),
     "negative axes": (fwp.ShapeError, "at most 64 axes, got -1", {"ndim": -1}),
     "negative size": (fwp.ShapeError, "sizes of 0 or more, got -6", {"shape": (2, -6, 4, 8)}),
+    "no shape": (fwp.ShapeError, "a tensor with a shape, got one of 4 axes without", {"null": True}),
     "scalar": (fwp.ShapeError, "", {"shape": (), "strides": ()}),
 }
 
@@ -701,6 +703,16 @@ def test_array_refuses_other_devices_and_streams():
         array.__dlpack__(dl_device=(CUDA, 0))
     with pytest.raises(BufferError, match=r"^stream: expected None for memory of the CPU, got 7"):
         array.__dlpack__(stream=7)
+    for name, wrong in [("stream", "no"), ("max_version", 1), ("dl_device", (1,)), ("copy", "no")]:
+        with pytest.raises(fwp.DTypeError, match=f"^{name}: expected .*, got "):
+            array.__dlpack__(**{name: wrong})
+
+
+def test_copies_of_an_array():
+    array = own()
+    shallow, deep = np.asarray(copy.copy(array)), np.asarray(copy.deepcopy(array))
+    assert shallow.ctypes.data == np.asarray(array).ctypes.data != deep.ctypes.data
+    same_bits(deep, abs(X))
 
 
 def test_an_array_is_written_in_place():

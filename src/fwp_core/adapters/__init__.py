@@ -30,8 +30,8 @@ def adapter(x: object) -> ModuleType | None:
     if type(x) is np.ndarray:
         return None
     for name, array_type in _ARRAY_TYPES.items():
-        framework = sys.modules.get(name)
-        if framework is not None and isinstance(x, getattr(framework, array_type, ())):
+        kind = getattr(sys.modules.get(name), array_type, None)
+        if isinstance(kind, type) and isinstance(x, kind):  # another module may stand under the name
             return _imported(name)
     return None
 
