@@ -62,8 +62,8 @@ def read(capsule):
 class Producer:
     """An array over the memory of a NumPy array, and what it says of it.
 
-    Fields of its DLTensor may be given, ``null`` for no shape; ``keywords=False``: ``__dlpack__`` is one from before
-    version 1.
+    Fields of its DLTensor may be given, ``null`` for no shape; ``keywords=False``: ``__dlpack__`` is one from
+    before version 1.
     """
 
     def __init__(self, x, *, version=(1, 0), flags=0, legacy=False, keywords=True, deleter=True, **fields):
