@@ -105,6 +105,14 @@ def measure(make: Callable[[], Call], rounds: int) -> tuple[list[float], list[fl
     return before[1:], after[1:], difference
 
 
+def line(name: str, before: list[float], after: list[float], difference: float) -> str:
+    """A row of the table: medians in milliseconds, ratios, and how far results are apart."""
+    ratios = [x / y for x, y in zip(before, after, strict=True)]
+    figures = "".join(f"{1e3 * statistics.median(x):12.2f}" for x in (before, after))
+    figures += "".join(f"{x:8.2f}" for x in (statistics.median(ratios), min(ratios), max(ratios)))
+    return f"{name:24}{figures}{difference:12.1e}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -115,14 +123,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--rows", nargs="+", default=["*"], metavar="GLOB", help="only these, such as 'call *'"
     )
+    parser.add_argument("--output", type=Path, help="file to write the table to as well")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; no figures")
     args = parser.parse_args(arguments)
     heads, size, hidden, tokens = (2, 16, 32, 100) if args.quick else (16, 128, 2048, args.tokens)
     torch.set_num_threads(args.threads)
 
-    print(f"{tokens} tokens, {args.threads} threads, torch {torch.__version__}, level {fwp.isa()}, ", end="")
-    print(f"load {os.getloadavg()[0]:.1f}")
-    print(f"{'':24}{'before, ms':>12}{'after, ms':>12}{'ratio':>8}{'least':>8}{'most':>8}{'difference':>12}")
+    lines = [
+        f"{tokens} tokens, {args.threads} threads, torch {torch.__version__}, level {fwp.isa()}, "
+        f"load {os.getloadavg()[0]:.1f}",
+        f"{'':24}{'before, ms':>12}{'after, ms':>12}{'ratio':>8}{'least':>8}{'most':>8}{'difference':>12}",
+    ]
+    print(*lines, sep="\n")
     rows = calls(tokens, heads, size) | blocks(tokens, heads, size, hidden)
     asked = [name for name in rows if any(fnmatch(name, glob) for glob in args.rows)]
     with fwp.threads(args.threads):
@@ -130,11 +142,10 @@ def main(arguments: list[str] | None = None) -> None:
             before, after, difference = measure(rows[name], args.rounds * (10 if "decode" in name else 1))
             if not difference <= TOLERANCE:
                 sys.exit(f"{name}: results differ by {difference:.1e}")
-            ratios = [x / y for x, y in zip(before, after, strict=True)]
-            row = (1e3 * statistics.median(before), 1e3 * statistics.median(after))
-            figures = "".join(f"{x:12.2f}" for x in row)
-            figures += "".join(f"{x:8.2f}" for x in (statistics.median(ratios), min(ratios), max(ratios)))
-            print(f"{name:24}{figures}{difference:12.1e}")
+            lines.append(line(name, before, after, difference))
+            print(lines[-1], flush=True)
+    if args.output:
+        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

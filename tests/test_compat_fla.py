@@ -524,6 +524,44 @@ REFUSED = {
         ValueError,
         "scale: expected a positive number with normalize=True, got 0.0",
     ),
+    "arrays of NumPy": (
+        "delta_rule",
+        {"q": np.zeros((2, 5, 2, 4), np.float32)},
+        TypeError,
+        "q: expected a torch.Tensor, got ndarray",
+    ),
+    "no keys": ("kda", {"k": None}, TypeError, "k: expected a torch.Tensor, got NoneType"),
+    "no values": ("retention", {"v": None}, TypeError, "v: expected a torch.Tensor, got NoneType"),
+    "queries without heads": (
+        "linear_attn",
+        {"q": torch.zeros(2, 5, 4)},
+        ValueError,
+        r"q: expected shape \(B, T, H, size\), got \(2, 5, 4\)",
+    ),
+    "a NumPy gate": ("simple_gla", {"g": np.zeros((2, 5, 2))}, TypeError, "g: expected a torch.Tensor"),
+    "a NumPy gate of channels": ("gla", {"g": np.zeros((2, 5, 2, 4))}, TypeError, "gk?: expected a torch"),
+    "a NumPy raw gate": (
+        "gated_delta_rule",
+        {"g": np.zeros((2, 5, 2)), "use_gate_in_kernel": True, "A_log": torch.zeros(2)},
+        TypeError,
+        "g: expected a torch.Tensor, got ndarray",
+    ),
+    "a list as strength": ("gated_delta_rule", {"beta": [1.0]}, TypeError, "beta: expected a torch.Tensor"),
+    "a list as state": ("gla", {"initial_state": [0.0]}, TypeError, "initial_state: expected a torch.Tensor"),
+    "a list as state of normalised attention": (
+        "linear_attn",
+        {"initial_state": [None, None]},
+        TypeError,
+        "initial_state: expected a torch.Tensor, got list",
+    ),
+    "three states": (
+        "linear_attn",
+        {"initial_state": (None, None, None)},
+        ValueError,
+        "initial_state: expected a tensor or two in a tuple, got 3",
+    ),
+    "words as cu_seqlens": ("delta_rule", {"cu_seqlens": "0, 5"}, TypeError, "cu_seqlens: expected integers"),
+    "a number as cu_seqlens": ("delta_rule", {"cu_seqlens": 5}, ValueError, r"cu_seqlens: expected shape"),
     "mixed dtypes": ("delta_rule", {"v": torch.zeros(2, 5, 2, 3).half()}, TypeError, "v: expected"),
 }
 
@@ -536,6 +574,17 @@ def test_what_is_refused(what):
     with pytest.raises(error, match=message) as caught:
         getattr(fla, f"chunk_{rule}")(**(x | changes))
     assert error is DeprecationWarning or isinstance(caught.value, fwp.FwpError)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray, np.uint64])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_cu_seqlens_of_every_kind(kind, reverse):
+    q, v = torch.randn(1, 9, 2, 4), torch.randn(1, 9, 2, 3)
+    options = {"initial_state": torch.randn(2, 2, 4, 3), "output_final_state": True, "reverse": reverse}
+    expected = fla.fused_recurrent_linear_attn(q, q, v, **options, cu_seqlens=torch.tensor([0, 4, 9]))
+    actual = fla.fused_recurrent_linear_attn(q, q, v, **options, cu_seqlens=kind([0, 4, 9]))
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_a_raw_gate_without_g():

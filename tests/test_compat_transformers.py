@@ -146,6 +146,17 @@ def test_other_devices_keep_the_function_that_was_there(name, monkeypatch):
     assert given == [(query, (2, 3), {"g": 4, "beta": 5}), (query, (), {"key": 2})]
 
 
+@pytest.mark.parametrize("argument", ["cu_seqlens", "seq_idx"])
+def test_packed_sequences_keep_the_function_that_was_there(argument, monkeypatch):
+    given = []
+    name = "torch_chunk_gated_delta_rule"
+    monkeypatch.setattr(module_of("qwen3_next"), name, lambda query, **kwargs: given.append((query, kwargs)))
+    with patched("qwen3_next"):
+        query, where = torch.zeros(1, 9, 1, 1), torch.tensor([0, 4, 9])
+        functions_of("qwen3_next")[name](query, **{argument: where})
+    assert given == [(query, {argument: where})]
+
+
 # The functions
 
 
@@ -239,15 +250,55 @@ def test_positions_are_those_of_the_original():
             close(actual, expected)
 
 
-def test_packed_sequences_are_kept_apart():
-    """The function of torch cannot and refuses."""
-    _, function = both("qwen3_next", "torch_chunk_gated_delta_rule")
-    arrays, _ = inputs("chunk", T=9, state=False)
-    packed = [t[:1] for t in arrays]
-    o, state = function(*packed, cu_seqlens=torch.tensor([0, 4, 9]), output_final_state=True)
-    assert state.shape[0] == 2
-    for span in (slice(0, 4), slice(4, 9)):
-        close(o[:, span], function(*(t[:, span] for t in packed))[0])
+def fla_works():
+    """Installed is not enough: without Triton it cannot be imported, and transformers does without it."""
+    try:
+        importlib.import_module("fla.ops.gated_delta_rule")
+    except Exception:
+        return False
+    return True
+
+
+without_fla = pytest.mark.skipif(fla_works(), reason="fla is there, and transformers uses it")
+
+
+@without_fla
+@pytest.mark.parametrize(("model", "name"), EVERY_FUNCTION)
+@pytest.mark.parametrize("argument", ["cu_seqlens", "seq_idx"])
+def test_packed_sequences_are_refused_as_before(model, name, argument):
+    """The convolutions of layers would mix them."""
+    _, function = both(model, name)
+    arrays, _ = inputs(name, T=9, state=False)
+    where = torch.tensor([0, 4, 9]) if argument == "cu_seqlens" else torch.tensor([[0] * 4 + [1] * 5])
+    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+        function(*(t[:1] for t in arrays), **{argument: where})
+    function(*arrays, **{argument: None})
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [key for key in EVERY_FUNCTION if key[0] in ("qwen3_next", "kimi_linear")]
+)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.bfloat16, torch.float16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float32, torch.float64),
+    ],
+    ids=str,
+)
+def test_mixed_dtypes_are_computed_in_float32(model, name, dtypes):
+    original, function = both(model, name)
+    arrays, initial_state = inputs(name, T=5)
+    mixed = [t.to(dtype) for t, dtype in zip(arrays, dtypes, strict=False)]
+    arguments = (*mixed, *arrays[3:])
+    options = {"initial_state": initial_state, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    o, state = function(*arguments, **options)
+    expected_o, expected_state = original(*arguments, **options)
+    assert (o.dtype, state.dtype) == (expected_o.dtype, expected_state.dtype) == (dtypes[0], torch.float32)
+    close(state, expected_state)
+    error = relative_error(o.double().numpy(), expected_o.double().numpy())
+    assert error <= max(DROP_IN, torch.finfo(dtypes[0]).eps)
 
 
 # Models
@@ -393,6 +444,16 @@ def test_a_block_of_qwen3_next_is_the_same(T):
         close(ours[name], expected, name)
         if name not in ("A_log", "dt_bias"):
             close(ours[name], original[name], name)
+
+
+@without_fla
+def test_a_block_refuses_packed_sequences_as_before():
+    layer, x = qwen_layer(), torch.randn(1, 9, 32)
+    packed = {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32)}
+    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+        layer(x, **packed)
+    with patched("qwen3_next"), pytest.raises(ValueError, match="can't keep packed sequences apart"):
+        layer(x, **packed)
 
 
 def test_a_compiled_block_is_one_graph():

@@ -64,9 +64,15 @@ def test_the_benchmark_shows_the_calls_and_the_layer(capsys):
         assert 0 < difference <= 1e-5, name
 
 
-def test_the_benchmark_measures_the_rows_asked_for(capsys):
-    script("benchmarks/drop_in.py").main(["--quick", "--rounds", "1", "--threads", "1", "--rows", "*decode"])
-    assert list(rows(capsys.readouterr().out)) == ["call decode", "block decode"]
+def test_the_benchmark_measures_the_rows_asked_for(capsys, tmp_path):
+    """And writes what it prints."""
+    output = tmp_path / "table.txt"
+    script("benchmarks/drop_in.py").main(
+        ["--quick", "--rounds", "1", "--threads", "1", "--rows", "*decode", "--output", str(output)]
+    )
+    printed = capsys.readouterr().out
+    assert list(rows(printed)) == ["call decode", "block decode"]
+    assert output.read_text(encoding="utf-8") == printed
 
 
 def test_the_benchmark_ends_where_results_differ(monkeypatch):

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._core import ArgumentError, ShapeError, UnsupportedError
+from .._core import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from ..torch import delta_rule, delta_rule_step, linear_attention, linear_attention_step
 
 __all__ = [
@@ -82,6 +82,7 @@ def chunk_delta_rule(
     **kwargs: Any,
 ) -> Result:
     """Run the delta rule; beta is [B,T,H]."""
+    _check_tensors(q, k, v, beta=beta, initial_state=initial_state)
     return _run(
         "delta",
         _Inputs(q, k, v, beta),
@@ -106,6 +107,7 @@ def fused_recurrent_delta_rule(
     cu_seqlens: Tensor | None = None,
 ) -> Result:
     """Run the delta rule; beta is [B,T,H] or [B,T,H,V], or None for 1."""
+    _check_tensors(q, k, v, beta=beta, initial_state=initial_state)
     return _run(
         "delta",
         _Inputs(q, k, v, _strength(beta, v)),
@@ -187,6 +189,8 @@ def fused_recurrent_gated_delta_rule(
 
     beta is [B,T,HV] or [B,T,HV,V], or None for 1; A_log and dt_bias are [HV].
     """
+    gates = {"g": g, "gk": gk, "gv": gv, "A_log": A_log, "dt_bias": dt_bias}
+    _check_tensors(q, k, v, **gates, beta=beta, initial_state=initial_state)
     if use_gate_in_kernel:
         g = _gate(g, A_log, dt_bias)
     return _run(
@@ -280,6 +284,7 @@ def fused_recurrent_kda(
     **kwargs: Any,
 ) -> Result:
     """Run Kimi Delta Attention; g is [B,T,HV,K], beta [B,T,HV] or [B,T,HV,V], A_log [HV], dt_bias [HV*K]."""
+    _check_tensors(q, k, v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state)
     if use_gate_in_kernel:
         g = _gate(g, A_log, dt_bias, lower_bound)
     return _run(
@@ -330,6 +335,11 @@ def fused_recurrent_linear_attn(
     ``normalize`` divides o by scale q.z + 1e-10, z the sum of the keys so far (o is 0 where q.z = 0); the
     first state may then be a pair of S and z [N,1,H,K], and the last is one, of which z is always there.
     """
+    first = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
+    if len(first) != 2:
+        raise ArgumentError(f"initial_state: expected a tensor or two in a tuple, got {len(first)} of them")
+    for x in first:
+        _check_tensors(q, k, v, initial_state=x)
     if not normalize:
         if isinstance(initial_state, tuple):
             raise ArgumentError("initial_state: expected a tensor with normalize=False, got a tuple")
@@ -409,6 +419,7 @@ def fused_recurrent_simple_gla(
     **kwargs: Any,
 ) -> Result:
     """Run linear attention with decay g [B,T,H], g_gamma [H], or the sum of both."""
+    _check_tensors(q, k, v, g=g, g_gamma=g_gamma, initial_state=initial_state)
     if g_gamma is not None:
         g = _sum(g_gamma.expand(*q.shape[:2], -1), g)
     return _run(
@@ -453,6 +464,7 @@ def fused_recurrent_retention(
     **kwargs: Any,
 ) -> Result:
     """Run retention: head h decays by 1 - 2^(-5-h)."""
+    _check_tensors(q, k, v)
     heads = torch.arange(q.shape[2], dtype=_wide(q), device=q.device)
     return fused_recurrent_simple_gla(
         q,
@@ -512,6 +524,7 @@ def fused_recurrent_gla(
     **kwargs: Any,
 ) -> Result:
     """Run gated linear attention with decays gk [B,T,H,K] of keys' and gv [B,T,H,V] of values' channels."""
+    _check_tensors(q, k, v, gk=gk, gv=gv, initial_state=initial_state)
     return _run(
         "linear",
         _Inputs(q, k, v, g=gk, gv=gv),
@@ -566,6 +579,7 @@ def _run(
 ) -> Result:
     """Bring fla's arguments into the library's form, run the rule, and bring the results back."""
     v_first = _v_first(state_v_first, others or {})
+    cu_seqlens = _integers(cu_seqlens)
     state = _state(x, initial_state, cu_seqlens, v_first, options.get("attention_norm", False))
     if l2norm:
         x = x._replace(q=_l2norm(x.q), k=_l2norm(x.k))
@@ -644,6 +658,31 @@ def _state(x: _Inputs, state: State, cu_seqlens: Tensor | None, v_first: bool, w
     _check_shape("initial_state", state, (N, x.v.shape[2], *((V, K) if v_first else (K, V))))
     state = state.to(_wide(x.q))
     return state.transpose(-1, -2) if v_first else state
+
+
+def _integers(cu_seqlens: Any) -> Tensor | None:
+    """A tensor of one axis, whatever the integers came as."""
+    if cu_seqlens is None:
+        return None
+    try:
+        integers = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.tensor(cu_seqlens)
+    except (TypeError, ValueError, RuntimeError):
+        raise DTypeError(f"cu_seqlens: expected integers, got {type(cu_seqlens).__name__}") from None
+    if integers.ndim != 1:
+        raise ShapeError(f"cu_seqlens: expected shape (N + 1,), got {tuple(integers.shape)}")
+    other = integers.is_floating_point() or integers.is_complex() or integers.dtype == torch.bool
+    return integers if other else integers.long()  # others are refused by the call
+
+
+def _check_tensors(q: object, k: object, v: object, **others: object) -> None:
+    """That q, k and v are tensors with four axes, and the others tensors or None."""
+    for name, x in {"q": q, "k": k, "v": v, **others}.items():
+        if x is None and name in others:
+            continue
+        if not isinstance(x, Tensor):
+            raise DTypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        if name not in others and x.ndim != 4:
+            raise ShapeError(f"{name}: expected shape (B, T, H, size), got {tuple(x.shape)}")
 
 
 def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import ops
-from .._core import ArgumentError, DTypeError, ShapeError
+from .._core import ArgumentError, DTypeError, FwpError, ShapeError
 
 __all__ = ["linear_attention"]
 
@@ -29,6 +32,9 @@ _RULES: dict[str, _Rule] = {
     "delta": _Rule(decay=False, beta=True),
     "gated_delta": _Rule(decay=True, beta=True),
 }
+_STATE_DTYPES = ("float32", "float64", "float16", "bfloat16")
+# What the operator calls the arguments of fwp_core.delta_rule.
+_NAMES = {"q": "query", "k": "key", "v": "value", "g": "decay", "initial_state": "past_state"}
 
 
 def linear_attention(
@@ -89,6 +95,7 @@ def linear_attention(
     q = _unpacked("query", query, q_num_heads)
     k = _unpacked("key", key, kv_num_heads)
     v = _unpacked("value", value, kv_num_heads)
+    _check_sizes(q, k, v)
     g = _gate("decay", decay, k, (1, k.shape[3])) if decayed else None
     strength = _gate("beta", beta, k, (1,), shared=True) if delta else None
     state = _state(past_state, k, v)
@@ -97,22 +104,33 @@ def linear_attention(
         return x if x is None or group == 1 else np.repeat(x, group, axis)
 
     rule = ops.delta_rule if delta else ops.linear_attention
-    o, final_state = rule(
-        q,
-        k,
-        v,
-        per_query_head(strength, 2),
-        per_query_head(g, 2),
-        scale=scale or max(k.shape[3], 1) ** -0.5,
-        initial_state=per_query_head(state, 1),
-    )
+    with _names_of_the_operator():
+        o, final_state = rule(
+            q,
+            k,
+            v,
+            per_query_head(strength, 2),
+            per_query_head(g, 2),
+            scale=scale or max(k.shape[3], 1) ** -0.5,
+            initial_state=per_query_head(state, 1),
+        )
     output = o.reshape(*query.shape[:2], q_num_heads * v.shape[3])
     present_dtype = query.dtype if past_state is None else past_state.dtype
     return output, final_state[:, ::group].astype(present_dtype, copy=False)
 
 
+@contextmanager
+def _names_of_the_operator() -> Iterator[None]:
+    """Errors name the inputs as the operator does."""
+    try:
+        yield
+    except FwpError as error:
+        name, colon, problem = str(error).partition(":")
+        raise type(error)(_NAMES.get(name, name) + colon + problem) from None
+
+
 def _checked_rule(name: str, decay: Array | None, beta: Array | None) -> _Rule:
-    if name not in _RULES:
+    if not isinstance(name, str) or name not in _RULES:
         raise ArgumentError(f"update_rule: expected one of {', '.join(_RULES)}, got {name!r}")
     rule = _RULES[name]
     for argument, given, needed in (("decay", decay, rule.decay), ("beta", beta, rule.beta)):
@@ -123,6 +141,7 @@ def _checked_rule(name: str, decay: Array | None, beta: Array | None) -> _Rule:
 
 
 def _group_size(q_num_heads: int, kv_num_heads: int) -> int:
+    _check_integers(q_num_heads=q_num_heads, kv_num_heads=kv_num_heads)
     if kv_num_heads < 1 or q_num_heads < 1 or q_num_heads % kv_num_heads:
         raise ArgumentError(
             f"q_num_heads: expected a positive multiple of kv_num_heads={kv_num_heads}, got {q_num_heads}"
@@ -130,13 +149,33 @@ def _group_size(q_num_heads: int, kv_num_heads: int) -> int:
     return q_num_heads // kv_num_heads
 
 
+def _check_integers(**numbers: object) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise DTypeError(f"{name}: expected an integer, got {type(number).__name__}")
+
+
 def _unpacked(name: str, x: Array, heads: int) -> Array:
     """[B,T,heads*D] as [B,T,heads,D], without a copy where that is possible."""
     if not isinstance(x, np.ndarray):
-        raise DTypeError(f"{name}: expected a NumPy array, got {type(x).__name__}")
+        raise _not_an_array(name, x)
     if x.ndim != 3 or x.shape[2] % heads:
         raise ShapeError(f"{name}: expected shape (B, T, {heads} * D), got {x.shape}")
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
+
+
+def _not_an_array(name: str, x: object) -> DTypeError:
+    return DTypeError(f"{name}: expected a NumPy array, got {type(x).__name__}")
+
+
+def _check_sizes(q: Array, k: Array, v: Array) -> None:
+    """Of the unpacked inputs: errors tell the shapes of the packed ones."""
+    B, T, _, K = q.shape
+    H = k.shape[2]
+    if k.shape != (B, T, H, K):
+        raise ShapeError(f"key: expected shape {(B, T, H * K)}, got {(*k.shape[:2], H * k.shape[3])}")
+    if v.shape[:2] != (B, T):
+        raise ShapeError(f"value: expected shape ({B}, {T}, {H} * D), got {(*v.shape[:2], H * v.shape[3])}")
 
 
 def _gate(name: str, x: Array | None, k: Array, sizes: tuple[int, ...], shared: bool = False) -> Array:
@@ -144,7 +183,7 @@ def _gate(name: str, x: Array | None, k: Array, sizes: tuple[int, ...], shared: 
     B, T, H, _ = k.shape
     expected = [(B, T, H * size) for size in sizes] + ([(B, T, 1)] if shared else [])
     if not isinstance(x, np.ndarray):
-        raise DTypeError(f"{name}: expected a NumPy array, got {type(x).__name__}")
+        raise _not_an_array(name, x)
     if x.shape not in expected:
         raise ShapeError(f"{name}: expected shape {' or '.join(map(str, expected))}, got {x.shape}")
     if x.shape[2] == H or shared:
@@ -156,6 +195,12 @@ def _state(past_state: Array | None, k: Array, v: Array) -> Array | None:
     """In the precision of sums."""
     if past_state is None:
         return None
+    if not isinstance(past_state, np.ndarray):
+        raise _not_an_array("past_state", past_state)
+    if past_state.dtype.name not in _STATE_DTYPES:
+        raise DTypeError(
+            f"past_state: expected dtype float32, float64, float16 or bfloat16, got {past_state.dtype}"
+        )
     expected = (k.shape[0], *k.shape[2:], v.shape[3])
     if past_state.shape != expected:
         raise ShapeError(f"past_state: expected shape {expected}, got {past_state.shape}")

@@ -9,7 +9,9 @@ sequences, in prefill and training, and one for a token, in decoding. :func:`pat
 place. Layers look the functions up by name whenever they run, so it makes no difference whether a model was
 made before or after, and nothing of the model changes.
 
-Calls on CPU tensors are computed here, those on any other device by the function that was there before.
+Calls on CPU tensors are computed here, those on any other device by the function that was there before. That
+function also gets packed sequences, which those of torch refuse: the convolution of the layer, which is not
+replaced, would mix neighbouring ones.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ FUNCTIONS: dict[str, Function] = {
     "chunk_kimi_delta_attention": fla.chunk_kda,
     "recurrent_kimi_delta_attention": fla.fused_recurrent_kda,
 }
+
+PACKED = ("cu_seqlens", "seq_idx")  # arguments that say where packed sequences begin
 
 Place = tuple[ModuleType, str]  # a function, by the name that its module has for it
 _replaced: dict[Place, tuple[Function, Function]] = {}  # what was there, and what is there
@@ -124,15 +128,19 @@ def _modules(models: tuple[str, ...]) -> Iterator[ModuleType]:
 
 
 def _on_cpu(ours: Function, original: Function) -> Function:
-    """``ours``, a function of fla, with the arguments of ``original``, if they are on the CPU."""
+    """``ours``, a function of fla, with the arguments of ``original``, if it is to compute them."""
     names = tuple(inspect.signature(original).parameters)
 
     @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(names, args, strict=False), **kwargs)
-        if arguments["query"].device.type != "cpu":
+        packed = any(arguments.get(name) is not None for name in PACKED)
+        if packed or arguments["query"].device.type != "cpu":
             return original(*args, **kwargs)
         q, k, v = (arguments.pop(name) for name in ("query", "key", "value"))
-        return ours(q, k, v, **arguments)
+        if q.dtype == k.dtype == v.dtype:
+            return ours(q, k, v, **arguments)
+        o, final_state = ours(q.float(), k.float(), v.float(), **arguments)
+        return o.to(q.dtype), final_state
 
     return function
