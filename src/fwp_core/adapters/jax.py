@@ -196,7 +196,9 @@ def vjp(
     """
     options = (feature_map, qk_norm, attention_norm, eps, scale)
     _refuse_out(out=out, final_state_out=final_state_out)
-    checked = _checked(ops.rule_of(fn, delta_rule, linear_attention), (q, k, v, beta, g, initial_state), options, cu_seqlens)
+    checked = _checked(
+        ops.rule_of(fn, delta_rule, linear_attention), (q, k, v, beta, g, initial_state), options, cu_seqlens
+    )
     results, kept = jax_autodiff.forward(checked.call, checked.operands, keep=True)
 
     def pullback(do: Array, dfinal_state: Array | None = None, out: None = None) -> Gradients:

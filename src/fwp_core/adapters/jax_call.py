@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _core
 from .._core import UnsupportedError
@@ -164,9 +163,10 @@ def _kind(spec: Spec, like: Any) -> Any:
 
     Inside of shard_map it varies over the same axes of the mesh.
     """
+    of: Any = jax.sharding
     sharding = like.sharding
     if like.shape != spec.shape:
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(spec.shape)))
+        sharding = of.NamedSharding(sharding.mesh, of.PartitionSpec(*[None] * len(spec.shape)))
     return like.update(shape=spec.shape, dtype=np.dtype(spec.dtype), weak_type=False, sharding=sharding)
 
 
