@@ -53,7 +53,7 @@ def delta_rule(
         As there, traced or not. Gradients flow to all six, from both results, in reverse mode.
     feature_map, qk_norm, attention_norm, eps, scale
         As there; constants of the compiled program. The projection of FAVOR is an operand: a JAX array, which
-        may be traced but gets no gradient, or a NumPy array.
+        may be traced but gets no gradient, or a NumPy array, which is a constant under ``jit``.
     cu_seqlens : sequence of N+1 integers, or integer array, optional
         As there. Where it is traced, its values are checked when the program runs, and a wrong one is an
         error of XLA with this library's message.
