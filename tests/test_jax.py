@@ -1,6 +1,7 @@
 """The library on JAX arrays: the bits of the NumPy path under every transformation, and loud errors."""
 
 import functools
+import importlib.util
 import re
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, MAPS, make_case
 from checks import assert_same_bits
+from processes import run_python
 from tolerances import TOLERANCE, assert_close, relative_error
 
 import fwp_core as fwp
@@ -18,6 +20,7 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 from jax_cases import BACKWARD, INPUTS, SCAN, STEP, arrays, cotangents, function, gradients, inputs, precision
 
@@ -336,6 +339,77 @@ def test_vmap_of_packed_sequences_and_projections():
         assert_same_bits(arrays([o[n], dv[n]]), [expected[0], expected[4]])
 
 
+# Meshes.
+
+
+def placed(case, mesh, spec):
+    """The inputs on a mesh, all but the state sharded; the state is on every device."""
+    given = {name: (x, spec) for name, x in inputs(case).items()}
+    given["initial_state"] = given["initial_state"][0], PartitionSpec()
+    return {name: jax.device_put(x, NamedSharding(mesh, s)) for name, (x, s) in given.items()}
+
+
+def check_on_mesh(mesh, spec):
+    """Scan, gradients, vjp, a step and a map have the bits of NumPy; gradients lie as what they are of."""
+    case = make_case("delta", "scalar", B=4, T=6, V=5)
+    given = placed(case, mesh, spec)
+    do, dfinal_state = cotangents(case, cases.scan(case))
+
+    def by_vjp(given):
+        results, pullback = fwp.vjp(fwp.delta_rule, **given)
+        return [*results, *pullback(do, dfinal_state)]
+
+    def by_jax(given):
+        results, pullback = jax.vjp(function(case), given)
+        (found,) = pullback((do, dfinal_state))
+        return [*results, *(found.get(name) for name in INPUTS)]
+
+    for call in (by_vjp, by_jax, jax.jit(by_vjp), jax.jit(by_jax)):
+        assert_same_bits(arrays(call(given)), bits(case))
+    by = jax.jit(lambda given: jax.grad(lambda given: sum(map(jnp.sum, function(case)(given))))(given))(given)
+    for name, x in given.items():
+        assert jax.typeof(by[name]) == jax.typeof(x) or OLD
+    state, expected = given.pop("initial_state"), case.first_state()
+    o, after = fwp.delta_rule_step(**given, state=state)
+    assert_same_bits(arrays([o, after]), [cases.steps(case, expected), expected])
+    if spec[:1] == ("x",):
+        phi = fwp.feature_maps.DPFP(2)
+        assert_same_bits(arrays([phi(given["q"])]), [phi(case.q)])
+
+
+def meshes(devices):
+    """One of every kind of axes that this JAX has."""
+    kinds = [{}]
+    if hasattr(jax.sharding, "AxisType"):
+        kinds = [{"axis_types": (getattr(jax.sharding.AxisType, name),)} for name in ("Explicit", "Auto")]
+    return [jax.make_mesh((devices,), ("x",), devices=jax.devices()[:devices], **kind) for kind in kinds]
+
+
+OLD = jax.__version_info__ < (0, 9)  # whose custom calls have results without a sharding
+SPECS = [PartitionSpec(*axes) for axes in (("x",), (None, "x"), ())]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_arrays_on_a_mesh_of_one_device(spec):
+    for mesh in meshes(1):
+        check_on_mesh(mesh, spec)
+        q = jax.device_put(jnp.ones((4, 6, 2, 3)), NamedSharding(mesh, spec))
+        dq = jax.grad(lambda q: jnp.sum(fwp.linear_attention(q, q, q)[0]))(q)
+        assert jax.typeof(dq) == jax.typeof(q) or OLD
+
+
+def test_arrays_on_meshes_of_two_devices():
+    code = """if True:
+        import test_jax
+        for mesh in test_jax.meshes(2):
+            for spec in test_jax.SPECS:
+                test_jax.check_on_mesh(mesh, spec)
+        print("checked")
+    """
+    child = run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=2", timeout=300)
+    assert child.stdout == "checked\n", child.stderr
+
+
 # Packed sequences.
 
 
@@ -370,6 +444,14 @@ def test_wrong_offsets(offsets, words):
     with pytest.raises(XLA_ERRORS, match=f"ArgumentError: cu_seqlens: expected .*{words}"):
         jax.block_until_ready(traced(given, jnp.array(offsets)))
     assert np.isfinite(traced(given, jnp.array([0, 12]))[0]).all()
+
+
+def test_offsets_without_an_axis():
+    """Traced or not: an error of this library."""
+    given = inputs(make_case("delta", B=1, state=False))
+    for call in (fwp.delta_rule, jax.jit(fwp.delta_rule)):
+        with pytest.raises(fwp.ShapeError, match=r"cu_seqlens: expected .*, got \(\)"):
+            call(**given, cu_seqlens=jnp.array(3))
 
 
 # Steps.
@@ -409,6 +491,31 @@ def test_a_donated_state_is_updated_in_place():
     assert state.is_deleted()
     expected = case.first_state()
     assert_same_bits(arrays([o, after]), [cases.step(case, 0, expected), expected])
+
+
+def test_inputs_are_read_in_place():
+    """A compiled call takes no memory of the size of q; one that does shows that this would be seen."""
+    child = run_python("""if True:
+        import jax, jax.numpy as jnp, fwp_core as fwp
+        from memory import peak
+
+        fwp.set_num_threads(1)
+        wide, narrow = (1, 200_000, 1, 64), (1, 200_000, 1, 1)
+        kinds = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (wide, wide, narrow)]
+        plain = jax.jit(fwp.linear_attention).lower(*kinds).compile()
+        copying = jax.jit(lambda q, k, v: fwp.linear_attention(q + 1, k, v)).lower(*kinds).compile()
+        arrays = jax.block_until_ready([jnp.ones(kind.shape) for kind in kinds])
+        assert all(x.unsafe_buffer_pointer() % 64 == 0 for x in arrays)
+        marks = [peak()]
+        for call in (plain, copying):
+            jax.block_until_ready(call(*arrays))
+            marks.append(peak())
+        print(*((b - a) / arrays[0].nbytes for a, b in zip(marks, marks[1:])))
+    """)
+    assert child.returncode == 0, child.stderr
+    plain, copying = map(float, child.stdout.split())
+    assert plain < 0.5
+    assert plain + copying > 0.9
 
 
 def test_slots_of_a_pool_known_and_traced():
@@ -519,6 +626,16 @@ def test_the_projection_is_an_operand():
         fwp.linear_attention(**inputs(case), feature_map=favor(jnp.ones((5, 7))))
     with pytest.raises(fwp.DTypeError, match="projection: expected dtype float32, got float64"):
         fwp.linear_attention(**inputs(case), feature_map=favor(R.astype(np.float64)))
+
+
+def test_a_projection_that_is_closed_over_is_a_constant():
+    case = make_case("linear", feature_map=("FAVOR", 5), state=False)
+    R = case.feature_map[1].copy()
+    phi = fwp.feature_maps.FAVOR(R)
+    run = jax.jit(lambda given: fwp.linear_attention(**given, feature_map=phi))
+    expected = arrays(run(inputs(case)))
+    R[...] = 0
+    assert_same_bits(arrays(run(inputs(case))), expected)
 
 
 def test_no_derivative_by_the_projection():
@@ -757,9 +874,18 @@ def test_a_float32_scan_is_the_oracles():
 # What is written about it.
 
 
-def test_the_example_learns():
-    import importlib.util
+def test_the_benchmark_of_calls(capsys):
+    path = ROOT / "benchmarks" / "jax_call.py"
+    spec = importlib.util.spec_from_file_location("jax_call", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    benchmark.main(["--calls", "5"])
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 12
+    assert all(float(row.split()[-2]) > 0 for row in rows)
 
+
+def test_the_example_learns():
     spec = importlib.util.spec_from_file_location("jax_training", ROOT / "examples" / "jax_training.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._core import ArgumentError
 from .adapters import routed_by
 from .feature_maps import FeatureMap
-from .ops import ArrayT, Integers, QKNorm, delta_rule, linear_attention
+from .ops import ArrayT, Integers, QKNorm, rule_of
 
 Numbers = NDArray[Any]
 
@@ -141,12 +140,7 @@ def diagnose(
     >>> fwp.diagnose(fwp.linear_attention, k, k, v).contrast.ravel()
     array([1., 0., 1.])
     """
-    if fn is delta_rule:
-        measure = _core.delta_rule_diagnose
-    elif fn is linear_attention:
-        measure = _core.linear_attention_diagnose
-    else:
-        raise ArgumentError(f"fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got {fn!r}")
+    measure = getattr(_core, f"{rule_of(fn)}_diagnose")
     options = (feature_map, qk_norm, attention_norm, eps, scale, initial_state, cu_seqlens)
     probes = _core.to_numpy("probes", measure(q, k, v, beta, g, *options))
     # In the order of fwp_linear_diagnose of fwp.h.

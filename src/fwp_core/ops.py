@@ -357,12 +357,8 @@ def vjp(
     >>> pullback(np.ones_like(o)).dq.shape
     (1, 5, 2, 4)
     """
-    if fn is delta_rule:
-        forward, backward = _core.delta_rule, _core.delta_rule_backward
-    elif fn is linear_attention:
-        forward, backward = _core.linear_attention, _core.linear_attention_backward
-    else:
-        raise ArgumentError(f"fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got {fn!r}")
+    rule = rule_of(fn)
+    forward, backward = getattr(_core, rule), getattr(_core, f"{rule}_backward")
 
     # Checkpoints hold for the level they were made at; without them the pullback makes its own.
     level = _core.isa()
@@ -378,6 +374,14 @@ def vjp(
         return Gradients(*backward(do, q, k, v, beta, g, dfinal_state, out, *options, cu_seqlens, kept))
 
     return (o, final_state), pullback
+
+
+def rule_of(fn: Callable[..., Any], *adapted: Callable[..., Any]) -> str:
+    """Return the name of this scan, which is one of this module or of these two of an adapter."""
+    for scan in (delta_rule, linear_attention, *adapted):
+        if fn is scan:
+            return scan.__name__
+    raise ArgumentError(f"fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got {fn!r}")
 
 
 @routed_by("q")

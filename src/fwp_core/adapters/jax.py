@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _core, diagnostics, ops
-from .._core import ArgumentError, DeviceError, DTypeError, ReadOnlyError, UnsupportedError
+from .._core import DeviceError, DTypeError, ReadOnlyError, UnsupportedError
 from ..diagnostics import Diagnostics
 from ..feature_maps import FAVOR, FeatureMap, Parameters
 from ..ops import Gradients, QKNorm
@@ -53,7 +53,7 @@ def delta_rule(
         As there, traced or not. Gradients flow to all six, from both results, in reverse mode.
     feature_map, qk_norm, attention_norm, eps, scale
         As there; constants of the compiled program. The projection of FAVOR is an operand: a JAX array, which
-        may be traced but gets no gradient, or a NumPy array.
+        may be traced but gets no gradient, or a NumPy array, which is a constant under ``jit``.
     cu_seqlens : sequence of N+1 integers, or integer array, optional
         As there. Where it is traced, its values are checked when the program runs, and a wrong one is an
         error of XLA with this library's message.
@@ -196,7 +196,9 @@ def vjp(
     """
     options = (feature_map, qk_norm, attention_norm, eps, scale)
     _refuse_out(out=out, final_state_out=final_state_out)
-    checked = _checked(_name(fn), (q, k, v, beta, g, initial_state), options, cu_seqlens)
+    checked = _checked(
+        ops.rule_of(fn, delta_rule, linear_attention), (q, k, v, beta, g, initial_state), options, cu_seqlens
+    )
     results, kept = jax_autodiff.forward(checked.call, checked.operands, keep=True)
 
     def pullback(do: Array, dfinal_state: Array | None = None, out: None = None) -> Gradients:
@@ -281,7 +283,7 @@ def diagnose(
 
     Traced arrays are an UnsupportedError.
     """
-    function = _name(fn)
+    function = ops.rule_of(fn, delta_rule, linear_attention)
     arrays = dict(zip(INPUTS, (q, k, v, beta, g, initial_state), strict=True))
     _core.scan_options(feature_map, qk_norm, attention_norm, eps, scale)
     operands = _operands(arrays, _required(function)) | _projection(feature_map)
@@ -400,13 +402,6 @@ def _refuse_out(**outputs: object) -> None:
             raise ReadOnlyError(f"{name}: expected None, because JAX arrays are immutable, got {_kind(x)}")
 
 
-def _name(fn: Callable[..., Any]) -> str:
-    for name in ("delta_rule", "linear_attention"):
-        if fn is getattr(ops, name) or fn is globals()[name]:
-            return name
-    raise ArgumentError(f"fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got {fn!r}")
-
-
 def _stand_in(integers: Integers, some: Callable[[Any, Array], Any], q: Array) -> Any:
     """Integers to check a call with: those given, or, where they are traced, right ones of their shape."""
     if not isinstance(integers, jax.Array):
@@ -418,7 +413,8 @@ def _stand_in(integers: Integers, some: Callable[[Any, Array], Any], q: Array) -
 
 
 def _some_offsets(zeros: Any, q: Array) -> Any:
-    zeros[1:] = q.shape[1] if q.ndim > 1 else 0
+    if zeros.ndim:  # a number is refused as one
+        zeros[1:] = q.shape[1] if q.ndim > 1 else 0
     return zeros
 
 

@@ -135,11 +135,11 @@ def _called(
     places = {}
     if aliases is not None:
         places = {taken.index(aliases[0]): [name for name, _ in made].index(aliases[1])}
-    # jax.typeof(x) knows, inside of shard_map, over which axes of the mesh x varies: so do the results.
-    like = jax.typeof(operands[0])
+    kinds = dict(zip(taken, map(jax.typeof, operands), strict=True))
+    sources = {aliases[1]: aliases[0]} if aliases is not None else {}
     target = jax.ffi.ffi_call(
         f"fwp_core.{call.function}{suffix}",
-        tuple(like.update(shape=spec.shape, dtype=np.dtype(spec.dtype), weak_type=False) for _, spec in made),
+        tuple(_kind(spec, kinds.get(sources.get(name, name), kinds[taken[0]])) for name, spec in made),
         vmap_method="broadcast_all",
         input_output_aliases=places,
     )
@@ -156,6 +156,18 @@ def _called(
         eps=call.eps,
         scale=call.scale,
     )
+
+
+def _kind(spec: Spec, like: Any) -> Any:
+    """The type of a result: sharded as ``like`` where it has that shape, else on all devices of its mesh.
+
+    Inside of shard_map it varies over the same axes of the mesh.
+    """
+    of: Any = jax.sharding
+    sharding = like.sharding
+    if like.shape != spec.shape:
+        sharding = of.NamedSharding(sharding.mesh, of.PartitionSpec(*[None] * len(spec.shape)))
+    return like.update(shape=spec.shape, dtype=np.dtype(spec.dtype), weak_type=False, sharding=sharding)
 
 
 def _not_differentiable(call: Call, suffix: str, *_: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from .. import _core, diagnostics, ops
-from .._core import ArgumentError, DeviceError, DTypeError, UnsupportedError
+from .._core import DeviceError, DTypeError, UnsupportedError
 from ..feature_maps import FeatureMap, Parameters
 from ..ops import Gradients, QKNorm
 from . import torch_ops
@@ -331,10 +331,7 @@ def _step(inputs: Any, state: Any, state_indices: Any, options: Any, out: Any) -
 
 
 def _rule(fn: Callable[..., Any]) -> str:
-    for rule, function in (("delta_rule", delta_rule), ("linear_attention", linear_attention)):
-        if fn is function or fn is getattr(ops, rule):
-            return rule
-    raise ArgumentError(f"fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got {fn!r}")
+    return ops.rule_of(fn, delta_rule, linear_attention)
 
 
 # Under a tracer.
