@@ -153,15 +153,24 @@ def test_negative_bit_of_a_gradient(result):
     assert torch.equal(func_gradient(negative), func_gradient(torch.neg))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func.jvp uses it
+@pytest.mark.parametrize("name", ["scale", "eps"])
+def test_options_with_tangents(name):
+    q, k, v, beta, *_ = good().values()
+    x = torch.tensor(0.5)
+    with pytest.raises(fwp.UnsupportedError, match="forward-mode"):
+        torch.func.jvp(lambda x: fwp.delta_rule(q, k, v, beta, **{name: x})[0], (x,), (x,))
+
+
 def test_gradient_through_a_conjugate():
     """What a complex loss hands back has the negative bit, with nobody asking for it."""
     q, k, v, beta, *_ = tensors(make_case("delta"))
     grads = []
-    for own in (lambda o: o, torch.clone):  # the gradient of clone has its own memory
+    for own in (lambda o: o, lambda o: o * 1):  # the gradient of a product has its own memory
         x = v.clone().requires_grad_()
         o = own(SCAN["delta"](q, k, x, beta)[0])
         weights = torch.complex(torch.arange(o.numel()).view(o.shape) % 7 - 3.0, torch.ones_like(o))
-        (torch.complex(torch.ones_like(o), o).conj() * weights).imag.square().sum().backward()
+        (torch.complex(torch.ones_like(o), o).conj() * weights).abs().sum().backward()
         grads.append(x.grad)
     torch.testing.assert_close(*grads)
 

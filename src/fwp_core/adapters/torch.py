@@ -438,10 +438,14 @@ def _undifferentiated(name: str, x: Any, written: bool) -> Any:
             f"{name}: expected a tensor that requires no gradient, got one that does; give {name}.detach(), "
             "or differentiate fwp_core.torch.delta_rule or linear_attention, without out="
         )
+    _refuse_tangent(x)
+    return x
+
+
+def _refuse_tangent(x: Tensor) -> None:
     unpack: Any = forward_ad.unpack_dual
     if forward_ad._current_level >= 0 and unpack(x).tangent is not None:
         refuse_forward_mode()
-    return x
 
 
 def _check_options(feature_map: Any, eps: Any, scale: Any) -> None:
@@ -449,7 +453,10 @@ def _check_options(feature_map: Any, eps: Any, scale: Any) -> None:
     if isinstance(feature_map, Parameters):
         _check_projection(feature_map.projection)
     for name, x in (("eps", eps), ("scale", scale)):
-        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+        if not isinstance(x, Tensor):
+            continue
+        _refuse_tangent(x)
+        if x.requires_grad and torch.is_grad_enabled():
             raise UnsupportedError(
                 f"{name}: expected a number, got a tensor that requires a gradient and would get none; "
                 + ("multiply the result instead" if name == "scale" else "give eps.item()")
