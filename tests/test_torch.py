@@ -109,20 +109,89 @@ def test_parameters_and_inference_tensors():
         STEP["delta"](q, k, v, beta, state=state)
 
 
+def negative(x):
+    """-x, with x in memory."""
+    y = torch.complex(torch.zeros_like(x), x).conj().imag
+    assert y.is_neg()
+    return y
+
+
 def test_negative_bit():
     """A tensor may carry a minus sign that its memory does not have."""
-    case = make_case("delta")
-    q, k, v, beta, *_ = tensors(case)
-    negative = torch.complex(torch.zeros_like(q), q).conj().imag
-    assert negative.is_neg()
-    negative.requires_grad_()
-    o, _ = SCAN["delta"](negative, k, v, beta)
-    assert torch.equal(o, -SCAN["delta"](q, k, v, beta)[0])
-    o.sum().backward()
-    assert torch.isfinite(negative.grad).all()
+    q, k, v, beta, *_ = tensors(make_case("delta"))
+    results = []
+    for x in (negative(q), -q):
+        x.requires_grad_()
+        o, _ = SCAN["delta"](x, k, v, beta)
+        o.square().sum().backward()
+        results.append((o, x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
     state = torch.complex(torch.zeros(2, 2, 16, 16), torch.zeros(2, 2, 16, 16)).conj().imag
     with pytest.raises(fwp.UnsupportedError, match="state: expected a tensor without the negative bit"):
         STEP["delta"](q, k, v, beta, state=state)
+
+
+@pytest.mark.parametrize("result", [0, 1], ids=["do", "dfinal_state"])
+def test_negative_bit_of_a_gradient(result):
+    """In eager code, with create_graph, and under torch.func."""
+    q, k, v, beta, *_ = tensors(make_case("delta"))
+    given = torch.randn(SCAN["delta"](q, k, v, beta)[result].shape)
+
+    def gradient(sign, **more):
+        x = v.clone().requires_grad_()
+        return torch.autograd.grad(SCAN["delta"](q, k, x, beta)[result], x, sign(given), **more)[0]
+
+    def func_gradient(sign):
+        pullback = torch.func.vjp(lambda x: SCAN["delta"](q, k, x, beta)[result], v)[1]
+        return pullback(sign(given))[0]
+
+    expected = gradient(torch.neg)
+    assert expected.abs().max() > 0
+    assert torch.equal(gradient(negative), expected)
+    assert torch.equal(gradient(negative, create_graph=True), gradient(torch.neg, create_graph=True))
+    assert torch.equal(func_gradient(negative), func_gradient(torch.neg))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func.jvp uses it
+@pytest.mark.parametrize("name", ["scale", "eps"])
+def test_options_with_tangents(name):
+    q, k, v, beta, *_ = good().values()
+    x = torch.tensor(0.5)
+    with pytest.raises(fwp.UnsupportedError, match="forward-mode"):
+        torch.func.jvp(lambda x: fwp.delta_rule(q, k, v, beta, **{name: x})[0], (x,), (x,))
+
+
+def test_gradient_through_a_conjugate():
+    """What a complex loss hands back has the negative bit, with nobody asking for it."""
+    q, k, v, beta, *_ = tensors(make_case("delta"))
+    grads = []
+    for own in (lambda o: o, lambda o: o * 1):  # the gradient of a product has its own memory
+        x = v.clone().requires_grad_()
+        o = own(SCAN["delta"](q, k, x, beta)[0])
+        weights = torch.complex(torch.arange(o.numel()).view(o.shape) % 7 - 3.0, torch.ones_like(o))
+        (torch.complex(torch.ones_like(o), o).conj() * weights).abs().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_negative_bit_of_a_projection():
+    projection, x = torch.randn(6, 4), torch.randn(3, 4)
+    phi, expected = (fwp.feature_maps.FAVOR(sign(projection)) for sign in (negative, torch.neg))
+    np.testing.assert_array_equal(phi.projection, -projection.numpy())
+    assert torch.equal(phi(x), expected(x))
+
+
+@pytest.mark.parametrize("make", [torch.clone, lambda x: x.T.contiguous().T, lambda x: x.numpy().T.copy().T])
+def test_a_copied_projection_may_change(make):
+    """Eager code, a compiler and second derivatives see the copy."""
+    projection = make(torch.randn(6, 4))
+    phi = fwp.feature_maps.FAVOR(projection)
+    before = torch.from_numpy(phi.projection.copy())
+    projection[:] = 0
+    assert torch.equal(torch_cases.parameters(phi).projection, before)
+    assert np.shares_memory(torch_cases.parameters(phi).projection.numpy(), phi.projection)
+    np.testing.assert_array_equal(phi.projection, before)
 
 
 @pytest.mark.parametrize(
@@ -493,8 +562,67 @@ def test_missing_arguments():
 
 def test_a_projection_that_requires_grad():
     projection = torch.ones(2, 4, requires_grad=True)
-    phi = fwp.feature_maps.FAVOR(projection.detach().numpy())
-    object.__setattr__(phi, "_parameters", phi._parameters._replace(projection=projection))
-    q, k, v, beta, *_ = good().values()
     with pytest.raises(fwp.UnsupportedError, match="projection: expected a tensor that requires no gradient"):
-        fwp.torch.delta_rule(q, k, v, beta, feature_map=phi)
+        fwp.feature_maps.FAVOR(projection)
+    with torch.no_grad():
+        assert fwp.feature_maps.FAVOR(projection).projection.shape == (2, 4)
+
+
+def test_a_projection_under_transformations():
+    x, projection = torch.randn(3, 4), torch.randn(2, 4)
+    q, k, v, beta, *_ = good().values()
+
+    def loss(q, projection):
+        phi = fwp.feature_maps.FAVOR(projection * 1)
+        return fwp.torch.delta_rule(q, k, v, beta, feature_map=phi)[0].sum()
+
+    assert torch.func.grad(loss)(q, projection).abs().max() > 0
+    for transformed in (
+        lambda: torch.func.grad(loss, argnums=1)(q, projection),
+        lambda: torch.func.vmap(lambda r: fwp.feature_maps.FAVOR(r)(x))(projection[None]),
+    ):
+        with pytest.raises(fwp.UnsupportedError, match="projection: expected a tensor"):
+            transformed()
+
+
+@pytest.mark.parametrize("name", ["scale", "eps"])
+@pytest.mark.parametrize("call", ["scan", "out", "backward", "vjp", "step", "diagnose"])
+def test_options_that_require_grad(name, call):
+    q, k, v, beta, *_ = good().values()
+    given = {name: torch.tensor(0.5, requires_grad=True)}
+    state, do = torch.zeros(2, 2, 4, 4), torch.ones(2, 3, 2, 4)
+    calls = {
+        "scan": lambda: fwp.delta_rule(q, k, v, beta, **given),
+        "out": lambda: fwp.delta_rule(q, k, v, beta, out=do, **given),
+        "backward": lambda: fwp.delta_rule_backward(do, q, k, v, beta, **given),
+        "vjp": lambda: fwp.vjp(fwp.delta_rule, q, k, v, beta, **given),
+        "step": lambda: fwp.delta_rule_step(q, k, v, beta, state=state, **given),
+        "diagnose": lambda: fwp.diagnose(fwp.delta_rule, q, k, v, beta, **given),
+    }
+    with pytest.raises(fwp.UnsupportedError, match=f"{name}: expected a number, got a tensor that requires"):
+        calls[call]()
+    with torch.no_grad():
+        calls[call]()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        (5, fwp.DTypeError, "expected a sequence of integers, got int"),
+        ({0, 3}, fwp.DTypeError, "expected a sequence of integers, got set"),
+        ({0: 1, 3: 1}, fwp.DTypeError, "expected a sequence of integers, got dict"),
+        (iter([0, 3]), fwp.DTypeError, "expected a sequence of integers, got list_iterator"),
+        (torch.tensor(3), fwp.ShapeError, r"expected shape \(N\+1,\), got \(\)"),
+        (torch.tensor([[0, 3]]), fwp.ShapeError, r"expected shape \(N\+1,\), got \(1, 2\)"),
+        (torch.tensor([0.0, 3.0]), fwp.DTypeError, "expected integers, got dtype float32"),
+    ],
+)
+def test_bad_lengths(lengths, error, message):
+    q, k, v, beta, *_ = (None if x is None else x[:1] for x in good().values())
+    for call in (
+        lambda: fwp.delta_rule(q, k, v, beta, cu_seqlens=lengths),
+        lambda: fwp.vjp(fwp.delta_rule, q, k, v, beta, cu_seqlens=lengths),
+        lambda: fwp.torch.FastWeightAttention(4, 1)(torch.zeros(1, 3, 4), cu_seqlens=lengths),
+    ):
+        with pytest.raises(error, match=f"cu_seqlens: {message}"):
+            call()

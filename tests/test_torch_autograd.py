@@ -189,6 +189,12 @@ def test_vmap_out_of_grad():
         same([x[n] for x in found], expected)
 
 
+def test_vmap_of_nothing():
+    q, k, v, beta, *_ = tensors(small("delta"))
+    with pytest.raises(fwp.UnsupportedError, match=r"q: expected an axis of torch.func.vmap of size 1"):
+        torch.func.vmap(lambda q: fwp.delta_rule(q, k, v, beta)[0])(q[None][:0])
+
+
 def test_nested_vmap():
     case = small("linear", "scalar")
     inputs = present(tensors(case))

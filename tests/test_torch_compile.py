@@ -244,6 +244,13 @@ def test_bad_shapes_are_refused_when_compiled():
         compiled(lambda *x: SCAN["delta"](*x))(q, k, v, beta[:, :3])
 
 
+@pytest.mark.parametrize("lengths", [5, {0, 5}, torch.tensor(5)], ids=str)
+def test_bad_lengths_are_refused_when_compiled(lengths):
+    q, k, v, beta, *_ = tensors(small("delta", lengths=(2, 3)))
+    with pytest.raises(Exception, match=r"cu_seqlens: expected (a sequence of integers|shape \(N\+1,\))"):
+        compiled(lambda *x: SCAN["delta"](*x, cu_seqlens=lengths))(q, k, v, beta)
+
+
 # torch.export, and modes that look at operators.
 
 

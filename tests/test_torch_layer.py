@@ -271,6 +271,29 @@ def test_compiled_packed_sequences():
     same((function(x, cu_seqlens=lengths)[0], layer(x, cu_seqlens=lengths)[0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_projection_follows_the_factory(dtype):
+    layer = FastWeightAttention(D, 2, dtype=dtype, **KINDS["FAVOR"])
+    assert layer.projection.dtype == dtype
+    assert layer(text(dtype=dtype))[0].dtype == dtype
+    assert FastWeightAttention(D, 2, device="meta", **KINDS["FAVOR"]).projection.is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("buffers", [False, True])
+def test_func_grad(dtype, buffers):
+    layer, x = make("FAVOR", dtype), text(dtype=dtype)
+    given = dict(layer.named_buffers()) if buffers else {}
+
+    def loss(parameters, buffers):
+        return torch.func.functional_call(layer, (parameters, buffers), (x,))[0].sum()
+
+    gradients = torch.func.grad(loss)(dict(layer.named_parameters()), given)
+    layer(x)[0].sum().backward()
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
 def test_meta_device_and_training_flag():
     layer = FastWeightAttention(D, 2, gate="scalar", taps=4, device="meta").to_empty(device="cpu")
     layer.reset_parameters()
@@ -349,21 +372,55 @@ def test_the_example_learns():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"hidden_size": 0, "heads": 2}, "hidden_size: expected at least 1, got 0"),
-        ({"hidden_size": 16, "heads": 0}, "heads: expected at least 1, got 0"),
+        ({"hidden_size": 0, "heads": 2}, "hidden_size: expected an integer from 1 to .*, got 0"),
+        ({"hidden_size": 16, "heads": 0}, "heads: expected an integer from 1 to .*, got 0"),
         ({"hidden_size": 16, "heads": 2, "key_heads": 3}, "key_heads: expected a divisor of 2 heads, got 3"),
         ({"hidden_size": 16, "heads": 2, "rule": "sum"}, "rule: expected 'delta' or 'linear', got 'sum'"),
         (
             {"hidden_size": 16, "heads": 2, "gate": "head"},
             "gate: expected None, 'scalar' or 'channel', got 'head'",
         ),
-        ({"hidden_size": 16, "heads": 2, "taps": -1}, "taps: expected 0 or more, got -1"),
-        ({"hidden_size": 16, "heads": 2, "key_size": -4}, "key_size: expected at least 1, got -4"),
+        ({"hidden_size": 16, "heads": 2, "taps": -1}, "taps: expected an integer from 0 to .*, got -1"),
+        (
+            {"hidden_size": 16, "heads": 2, "key_size": -4},
+            "key_size: expected an integer from 1 to .*, got -4",
+        ),
+        (
+            {"hidden_size": 16, "heads": 2, "key_heads": 0},
+            "key_heads: expected an integer from 1 to .*, got 0",
+        ),
+        ({"hidden_size": 16, "heads": 2, "key_size": 0}, "key_size: expected an integer from 1 to .*, got 0"),
+        ({"hidden_size": 16, "heads": 2, "qk_norm": "l3"}, "qk_norm: expected None, 'sum' or 'l2', got 'l3'"),
     ],
 )
 def test_bad_parameters(arguments, message):
     with pytest.raises(fwp.ArgumentError, match=message):
         FastWeightAttention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"heads": 2.0}, "heads: expected an integer, got float"),
+        ({"heads": 2, "feature_map": "elu"}, "feature_map: expected None or an object of .*, got str"),
+    ],
+)
+def test_parameters_of_a_wrong_type(arguments, message):
+    with pytest.raises(fwp.DTypeError, match=message):
+        FastWeightAttention(16, **arguments)
+
+
+def test_states_of_other_layers():
+    short, x = make("gated delta"), text()
+    for kind, more in (("delta", {}), ("gated delta", {"key_size": 4}), ("gated delta", {"taps": 3})):
+        state = make(kind, **more).initial_state(2)
+        for call in (short, short.step):
+            with pytest.raises(fwp.ShapeError, match=r"state: expected (memory|recent) of shape \(2, "):
+                call(x, state)
+    with pytest.raises(fwp.ShapeError, match=r"state: expected recent of shape None, got \(2, 3, 48\)"):
+        make("delta")(x, short.initial_state(2))
+    with pytest.raises(fwp.DTypeError, match="state: expected a FastWeightState, got Tensor"):
+        short(x, short.initial_state(2).memory)
 
 
 def test_bad_inputs():

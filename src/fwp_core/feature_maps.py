@@ -61,8 +61,13 @@ class FeatureMap(_core.FeatureMap):
     __slots__ = ("_parameters",)  # where a tracing compiler can read them
 
     def __init__(self, parameters: Parameters) -> None:
-        super().__init__(*parameters[:-1], described(parameters.projection))
-        self._parameters = parameters
+        given = parameters.projection
+        super().__init__(*parameters[:-1], described(given))
+        held = _core.feature_parameters(self)[2]
+        copied = isinstance(held, np.ndarray) and not (
+            isinstance(given, np.ndarray) and np.may_share_memory(given, held)
+        )
+        self._parameters = parameters._replace(projection=held) if copied else parameters
 
     def dim(self, n: int) -> int:
         """Return the number of features of a row of size ``n``."""
@@ -201,7 +206,8 @@ class FAVOR(FeatureMap):
     projection : ndarray [m, n]
         The directions R, float32 (float64 where x is). They are read at every call, where they are; those
         whose last axis is not contiguous, and arrays of others than NumPy and JAX, are copied, once. A JAX
-        array, which may be traced, is for JAX arrays only. See :func:`orthogonal_gaussian`.
+        array, which may be traced, is for JAX arrays only; a tensor of torch must require no gradient. See
+        :func:`orthogonal_gaussian`.
     eps : float
         Added to every exponential, so that no row of features is all zero.
     """

@@ -49,7 +49,7 @@ def _imported(name: str) -> ModuleType:
 
 def described(x: Any) -> Any:
     """Return the array as the compiled module reads it: of JAX, which traces programs, its description."""
-    return getattr(adapter(x), "abstract", lambda x: x)(x)
+    return getattr(adapter(x), "described", lambda x: x)(x)
 
 
 def routed_by(argument: str) -> Callable[[_Function], _Function]:

@@ -327,6 +327,9 @@ def abstract(x: Array) -> _core.AbstractArray:
     return _core.AbstractArray(x.shape, str(x.dtype))
 
 
+described = abstract
+
+
 # Checks. All of them are made when a call is traced, those of shapes by the compiled module.
 
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from .. import _core, diagnostics, ops
-from .._core import DeviceError, DTypeError, UnsupportedError
+from .._core import DeviceError, DTypeError, ShapeError, UnsupportedError
 from ..feature_maps import FeatureMap, Parameters
 from ..ops import Gradients, QKNorm
 from . import torch_ops
@@ -180,6 +180,7 @@ def vjp(
 
     Neither is differentiable: tensors that require a gradient are an UnsupportedError while grad mode is on.
     """
+    _check_options(feature_map, eps, scale)
     inputs = _plain(_INPUTS, (q, k, v, beta, g, initial_state))
     options = (_rule(fn), feature_map, qk_norm, attention_norm, eps, scale)
     call = Call(*(*options, _lengths(cu_seqlens), _core.isa()))
@@ -251,9 +252,28 @@ def diagnose(
 ) -> diagnostics.Diagnostics:
     """Return the probes of :func:`fwp_core.diagnose`, NumPy arrays on the CPU, whatever the tensors."""
     rule = getattr(ops, _rule(fn))
+    _check_options(None, options.get("eps"), options.get("scale"))
     *arrays, initial_state = (_numpy(x) for x in _plain(_INPUTS, (q, k, v, beta, g, initial_state)))
     lengths = _lengths(cu_seqlens)
     return diagnostics.diagnose(rule, *arrays, initial_state=initial_state, cu_seqlens=lengths, **options)
+
+
+def described(projection: Tensor) -> Tensor:
+    """The projection of a feature map as the compiled module, which makes a copy, can read it."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(projection) and not projection.requires_grad:
+        projection = functorch.get_unwrapped(projection)  # a constant of that transformation
+    _check_projection(projection)
+    (projection,) = _plain(("projection",), (projection,))
+    return projection
+
+
+def count(cu_seqlens: Integers) -> int:
+    """How many offsets there are."""
+    if not _traced():
+        return len(_lengths(cu_seqlens) or ())
+    integers = _integers("cu_seqlens", cu_seqlens)
+    return 0 if integers is None else integers.shape[0]
 
 
 def feature_forward(map: FeatureMap, x: Tensor) -> Tensor:
@@ -275,10 +295,12 @@ def feature_backward(map: FeatureMap, dy: Tensor, x: Tensor) -> Tensor:
 def _scan(
     inputs: Any, options: Any, cu_seqlens: Any, out: Any, final_state_out: Any
 ) -> tuple[Tensor, Tensor]:
-    _check_projection(options[1])
+    _check_options(options[1], *options[-2:])
     if _traced():
         _refuse_outputs(out=out, final_state_out=final_state_out)
-        o, final_state = torch_ops.scan(*_autocast(inputs), _integers(cu_seqlens), *_as_data(options))
+        o, final_state = torch_ops.scan(
+            *_autocast(inputs), _integers("cu_seqlens", cu_seqlens), *_as_data(options)
+        )
         return o, final_state
     if out is not None or final_state_out is not None:
         call = Call(*(*options, _lengths(cu_seqlens)))
@@ -301,6 +323,7 @@ def _run_scan(call: Call, inputs: Any, out: Any, final_state_out: Any) -> tuple[
 def _backward(
     inputs: Any, options: Any, cu_seqlens: Any, do: Any, dfinal_state: Any, out: Gradients | None
 ) -> Gradients:
+    _check_options(options[1], *options[-2:])
     call = Call(*(*options, _lengths(cu_seqlens)))
     return _run_backward(call, _plain(_INPUTS, inputs), do, dfinal_state, out, None)
 
@@ -317,10 +340,11 @@ def _run_backward(
 
 
 def _step(inputs: Any, state: Any, state_indices: Any, options: Any, out: Any) -> Tensor:
-    _check_projection(options[1])
+    _check_options(options[1], *options[-2:])
     if _traced():
         _refuse_outputs(out=out)
-        o: Tensor = torch_ops.step(*_autocast(inputs), state, _integers(state_indices), *_as_data(options))
+        indices = _integers("state_indices", state_indices)
+        o: Tensor = torch_ops.step(*_autocast(inputs), state, indices, *_as_data(options))
         return o
     inputs = _plain(_INPUTS, _autocast(inputs))
     state, out = _plain(("state", "out"), (state, out), written=True)
@@ -355,8 +379,14 @@ def _as_data(options: Any) -> tuple[Any, ...]:
     return rule, *(parameters(feature_map) or (0, 0, 0.0, None)), *rest
 
 
-def _integers(values: Any) -> Tensor | None:
-    return None if values is None else torch.as_tensor(values)
+def _integers(name: str, values: Any) -> Tensor | None:
+    if values is None:
+        return None
+    if isinstance(values, (str, bytes, dict, set, frozenset)) or not hasattr(values, "__len__"):
+        raise DTypeError(f"{name}: expected a sequence of integers, got {type(values).__name__}")
+    integers = torch.as_tensor(values)
+    _check_axes(name, integers)
+    return integers
 
 
 def _refuse_outputs(**outputs: Any) -> None:
@@ -405,14 +435,32 @@ def _undifferentiated(name: str, x: Any, written: bool) -> Any:
             f"{name}: expected a tensor that requires no gradient, got one that does; give {name}.detach(), "
             "or differentiate fwp_core.torch.delta_rule or linear_attention, without out="
         )
-    unpack: Any = forward_ad.unpack_dual
-    if forward_ad._current_level >= 0 and unpack(x).tangent is not None:
-        refuse_forward_mode()
+    _refuse_tangent(x)
     return x
 
 
-def _check_projection(feature_map: Any) -> None:
-    projection = getattr(feature_map, "_parameters", (None,))[-1]
+def _refuse_tangent(x: Tensor) -> None:
+    unpack: Any = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and unpack(x).tangent is not None:
+        refuse_forward_mode()
+
+
+def _check_options(feature_map: Any, eps: Any, scale: Any) -> None:
+    """Refuse those that would silently get no gradient; FAVOR itself refuses such a projection."""
+    if isinstance(feature_map, Parameters):
+        _check_projection(feature_map.projection)
+    for name, x in (("eps", eps), ("scale", scale)):
+        if not isinstance(x, Tensor):
+            continue
+        _refuse_tangent(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"{name}: expected a number, got a tensor that requires a gradient and would get none; "
+                + ("multiply the result instead" if name == "scale" else "give eps.item()")
+            )
+
+
+def _check_projection(projection: Any) -> None:
     if isinstance(projection, Tensor) and projection.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError(
             "projection: expected a tensor that requires no gradient, got one that does; give a detached one"
@@ -423,7 +471,15 @@ def _lengths(cu_seqlens: Integers | None) -> Sequence[int] | None:
     """Integers that a later change of the caller's array does not touch."""
     if cu_seqlens is None:
         return None
-    return tuple(cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens)
+    integers = _core.to_integers("cu_seqlens", cu_seqlens)
+    _check_axes("cu_seqlens", integers)
+    return tuple(integers.tolist())
+
+
+def _check_axes(name: str, integers: Any) -> None:
+    if integers.ndim != 1:
+        expected = "(N+1,)" if name == "cu_seqlens" else "(B,)"
+        raise ShapeError(f"{name}: expected shape {expected}, got {tuple(integers.shape)}")
 
 
 def _numpy(x: Tensor | None) -> Any:

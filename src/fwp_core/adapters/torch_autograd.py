@@ -127,6 +127,8 @@ class Fold:
     """The batch axis of torch.func.vmap, of a size, as part of B or, where sequences are packed, of T."""
 
     def __init__(self, size: int, packed: bool) -> None:
+        if size == 0:
+            raise UnsupportedError("q: expected an axis of torch.func.vmap of size 1 or more, got 0")
         self.size, self.packed = size, packed
 
     def inputs(self, inputs: Inputs, dims: Any) -> Inputs:

@@ -41,7 +41,7 @@ class Call:
         self, inputs: Inputs, out: Tensor | None = None, final_state_out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return o, final_state, and checkpoints for backward, no elements where there are none."""
-        *arrays, initial_state = inputs
+        *arrays, initial_state = map(_resolved, inputs)
         keep = self.level is not None
         outputs = initial_state, self.cu_seqlens, out, final_state_out, keep
         o, final_state, checkpoints = KERNELS[self.rule][0](*arrays, *self._options(), *outputs)
@@ -60,7 +60,7 @@ class Call:
         """Return the gradients of the inputs, None where an input is."""
         if checkpoints is not None and (not checkpoints.numel() or _core.isa() != self.level):
             checkpoints = None
-        *arrays, initial_state = inputs
+        do, dfinal_state, *arrays, initial_state = map(_resolved, (do, dfinal_state, *inputs))
         gradients: Inputs = KERNELS[self.rule][1](
             *(do, *arrays, dfinal_state, out),
             *self._options(),
@@ -78,6 +78,11 @@ class Call:
 
     def _options(self) -> tuple[Any, ...]:
         return self.feature_map, self.qk_norm, self.attention_norm, self.eps, self.scale
+
+
+def _resolved(x: Any) -> Any:
+    """The tensor with the values that its memory has: kernels do not know of the negative bit."""
+    return x if x is None or not x.is_neg() else x.resolve_neg()
 
 
 def no_gradient(inputs: Inputs) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._core import ArgumentError, ShapeError
-from ..feature_maps import FAVOR, FeatureMap
+from .._core import ArgumentError, DTypeError, ShapeError
+from ..feature_maps import FAVOR, FeatureMap, _integer
 from ..ops import QKNorm
 from . import torch as ops
 
@@ -21,6 +21,7 @@ _SCANS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 _STEPS: dict[str, Callable[..., Tensor]] = {"delta": ops.delta_rule_step, "linear": ops.linear_attention_step}
 _GATES = (None, "scalar", "channel")
+_NORMS = (None, "sum", "l2")
 
 
 class FastWeightState(NamedTuple):
@@ -72,11 +73,11 @@ class FastWeightAttention(nn.Module):
     scale : float, optional
         Factor of o: 1 unless given, and ``key_size ** -0.5`` where q is not normalised.
     device, dtype
-        Of the parameters.
+        Of the parameters, and of FAVOR's projection.
 
     Raises
     ------
-    ArgumentError
+    ArgumentError, DTypeError
         For a parameter that is none of those.
 
     Examples
@@ -113,33 +114,41 @@ class FastWeightAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.hidden_size, self.heads, self.key_heads = hidden_size, heads, key_heads or heads
-        self.key_size = key_size or hidden_size // max(heads, 1)
-        self.value_size = value_size or hidden_size // max(heads, 1)
-        self.rule, self.gate, self.taps = rule, gate, taps
-        self._check()
+        self.hidden_size = _integer("hidden_size", hidden_size, 1)
+        self.heads = _integer("heads", heads, 1)
+        size = self.hidden_size // self.heads
+        self.key_heads = self.heads if key_heads is None else _integer("key_heads", key_heads, 1)
+        self.key_size = _integer("key_size", size if key_size is None else key_size, 1)
+        self.value_size = _integer("value_size", size if value_size is None else value_size, 1)
+        self.taps = _integer("taps", taps, 0)
+        self.rule, self.gate = rule, gate
+        self._check(feature_map, qk_norm)
         normalised = qk_norm is not None or attention_norm
         self.scale = scale if scale is not None else 1.0 if normalised else self.key_size**-0.5
         self.qk_norm, self.attention_norm, self.eps = qk_norm, attention_norm, eps
         self.feature_map = feature_map
         self.state_keys = feature_map.dim(self.key_size) if feature_map else self.key_size
         projection = feature_map.projection if isinstance(feature_map, FAVOR) else None
-        self.register_buffer("projection", None if projection is None else torch.tensor(projection))
-        self._make(output_norm, output_gate, {"device": device, "dtype": dtype})
+        factory = {"device": device, "dtype": dtype or torch.get_default_dtype()}
+        buffer = None if projection is None else torch.tensor(projection, **factory)
+        self.register_buffer("projection", buffer)
+        self._make(output_norm, output_gate, factory)
         self.reset_parameters()
 
-    def _check(self) -> None:
-        for name in ("hidden_size", "heads", "key_heads", "key_size", "value_size"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name}: expected at least 1, got {getattr(self, name)}")
+    def _check(self, feature_map: Any, qk_norm: Any) -> None:
+        if feature_map is not None and not isinstance(feature_map, FeatureMap):
+            raise DTypeError(
+                "feature_map: expected None or an object of fwp_core.feature_maps, got "
+                f"{type(feature_map).__name__}"
+            )
+        if qk_norm not in _NORMS:
+            raise ArgumentError(f"qk_norm: expected None, 'sum' or 'l2', got {qk_norm!r}")
         if self.heads % self.key_heads:
             raise ArgumentError(f"key_heads: expected a divisor of {self.heads} heads, got {self.key_heads}")
         if self.rule not in _SCANS:
             raise ArgumentError(f"rule: expected 'delta' or 'linear', got {self.rule!r}")
         if self.gate not in _GATES:
             raise ArgumentError(f"gate: expected None, 'scalar' or 'channel', got {self.gate!r}")
-        if self.taps < 0:
-            raise ArgumentError(f"taps: expected 0 or more, got {self.taps}")
 
     def _make(self, output_norm: bool, output_gate: bool, factory: dict[str, Any]) -> None:
         D, H, V = self.hidden_size, self.heads, self.value_size
@@ -250,12 +259,24 @@ class FastWeightAttention(nn.Module):
             raise ShapeError(f"x: expected shape (B, T, D={self.hidden_size}), got {tuple(x.shape)}")
         if cu_seqlens is not None and x.shape[0] != 1:
             raise ShapeError(f"x: expected B=1 for packed sequences, got {x.shape[0]}")
-        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = x.shape[0] if cu_seqlens is None else ops.count(cu_seqlens) - 1
         if state is None:
             return self.initial_state(sequences)
+        self._check_state(state, sequences)
+        return state
+
+    def _check_state(self, state: FastWeightState, sequences: int) -> None:
+        if not isinstance(state, FastWeightState):
+            raise DTypeError(f"state: expected a FastWeightState, got {type(state).__name__}")
         if state.memory.shape[0] != sequences:
             raise ShapeError(f"state: expected that of {sequences} sequences, got {state.memory.shape[0]}")
-        return state
+        shape = (sequences, self.heads, self.state_keys, self.value_size + self.attention_norm)
+        if state.memory.shape != shape:
+            raise ShapeError(f"state: expected memory of shape {shape}, got {tuple(state.memory.shape)}")
+        recent = (sequences, self.taps - 1, sum(self._sizes())) if self.taps else None
+        given = None if state.recent is None else tuple(state.recent.shape)
+        if given != recent:
+            raise ShapeError(f"state: expected recent of shape {recent}, got {given}")
 
     def _projected(
         self, x: Tensor, state: FastWeightState, cu_seqlens: Sequence[int] | Tensor | None
@@ -301,7 +322,8 @@ class FastWeightAttention(nn.Module):
         if self.projection is None or self.feature_map is None:
             return self.feature_map
         projection: Tensor = self.projection
-        projection = projection if projection.dtype == torch.float64 else projection.float()
+        wide = projection.dtype in (torch.float32, torch.float64)
+        projection = projection if wide else projection.float()
         if torch.compiler.is_compiling():
             return self.feature_map._parameters._replace(projection=projection)
         return FAVOR(projection, self.feature_map._parameters.eps)
