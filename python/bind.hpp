@@ -12,8 +12,11 @@ int without_gil(const Call& call) {
   return call();
 }
 
+void bind_abstract(pybind11::module_& m);
+void bind_array(pybind11::module_& m);
 void bind_config(pybind11::module_& m);
 void bind_features(pybind11::module_& m);
 void bind_scan(pybind11::module_& m);
+void bind_xla(pybind11::module_& m);
 
 }  // namespace fwp::python

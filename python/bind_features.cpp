@@ -1,51 +1,74 @@
-#include <algorithm>
-#include <string>
+#include <pybind11/stl.h>
 
+#include <string>
+#include <vector>
+
+#include "arrays.hpp"
 #include "bind.hpp"
 #include "errors.hpp"
 #include "features.hpp"
+#include "numpy.hpp"
 
 namespace py = pybind11;
 
 namespace fwp::python {
 namespace {
 
-// An array of any rank as rows of its last axis: [M,n], a view of it where that is possible.
-struct RowArray {
-  py::object array;
-  Array rows;
+// An array as rows of its last axis, for as long as it is not returned.
+struct Rows : Array {
+  std::vector<int64_t> whole;  // its shape
 
-  RowArray(const char* name, py::handle object) : array(py::reinterpret_borrow<py::object>(object)) {
-    Array given;
-    given.read(name, object);
-    if (given.rank() == 0) raise(FWP_SHAPE_ERROR, std::string(name) + ": expected at least one axis, got none");
-    int64_t count = 1;
-    for (int i = 0; i + 1 < given.rank(); ++i) count *= given.size(i);
-    rows.read(name, given.rank() == 2 ? array : array.attr("reshape")(count, given.size(given.rank() - 1)));
-    rows.make_contiguous();
+  Rows(const char* name, py::handle object, const Array* like = nullptr) {
+    read(name, object, like);
+    if (rank() == 0) raise(FWP_SHAPE_ERROR, std::string(name) + ": expected at least one axis, got none");
+    as_rows();
   }
-  int64_t count() const { return rows.size(0); }
-  int64_t size() const { return rows.size(1); }
+  // New, of the shape of `like` but for the last axis.
+  Rows(const Rows& like, int64_t last) {
+    std::vector<int64_t> sizes = like.with_last(last);
+    make(like, static_cast<int>(sizes.size()), sizes.data(), like.dtype());
+    as_rows();
+  }
 
-  // The shape of the array with another last axis.
-  py::tuple shape(int64_t last) const {
-    py::list sizes(array.attr("shape"));
-    sizes[sizes.size() - 1] = last;
-    return py::tuple(sizes);
+  std::vector<int64_t> with_last(int64_t last) const {
+    std::vector<int64_t> sizes = whole;
+    sizes.back() = last;
+    return sizes;
+  }
+  int64_t row_size() const { return whole.back(); }
+
+ private:
+  void as_rows() {
+    whole.assign(shape(), shape() + rank());
+    make_rows();
   }
 };
+
+std::string text(const std::vector<int64_t>& shape) { return py::str(py::tuple(py::cast(shape))); }
 
 }  // namespace
 
 FeatureMap::FeatureMap(int kind, int nu, double eps, py::handle projection) : map_ FWP_FEATURE_MAP_INIT {
-  projection_.read_optional("projection", projection);
-  // A view of its own, so that nobody can take the memory away (ndarray.resize); of a strided last axis a copy.
-  projection_.make_contiguous();
-  if (projection_.present()) projection_.read("projection", projection_.used()[py::ellipsis()]);
+  // A view of its own, so that nobody can take the memory away (ndarray.resize), of a strided last axis a copy. Arrays
+  // of others, who can take memory away from any view, are copied.
+  Array given;
+  given.read_optional("projection", projection);
+  if (given.abstract()) {
+    projection_.read("projection", projection);
+  } else if (given.present()) {
+    const bool in_place = numpy::is_array(projection) && !given.make_contiguous();
+    projection_.read("projection", in_place ? projection[py::ellipsis()] : given.numpy());
+  }
   map_.kind = kind;
   map_.nu = nu;
   map_.eps = eps;
   map_.projection = projection_.tensor();
+}
+
+void FeatureMap::check_memory(const Array& x) const {
+  if (projection_.present() && projection_.abstract() != x.abstract())
+    raise(FWP_DTYPE_ERROR, std::string("projection: expected an array of the framework that q and x are of, got ") +
+                               (projection_.abstract() ? "a JAX array" : "another"));
 }
 
 int64_t FeatureMap::size(int64_t n) const {
@@ -55,27 +78,24 @@ int64_t FeatureMap::size(int64_t n) const {
 }
 
 py::object FeatureMap::forward(py::handle object) const {
-  const RowArray x("x", object);
-  Array y;
-  y.make({x.count(), size(x.size())}, x.rows.dtype());
-  check_scan(without_gil([&] { return fwp_feature_map_fwd(&map_, x.rows.tensor(), y.tensor(), nullptr); }));
-  return y.object().attr("reshape")(x.shape(y.size(1)));
+  const Rows x("x", object);
+  check_memory(x);
+  const Rows y(x, size(x.row_size()));
+  check_scan(without_gil([&] { return fwp_feature_map_fwd(&map_, x.tensor(), y.tensor(), nullptr); }));
+  return y.object();
 }
 
 py::object FeatureMap::backward(py::handle d_y, py::handle object) const {
-  const RowArray x("x", object), dy("dy", d_y);
-  const py::tuple expected = x.shape(size(x.size()));
-  if (!py::object(dy.array.attr("shape")).equal(expected))
-    raise(FWP_SHAPE_ERROR, "dy: expected shape " + std::string(py::str(expected)) + ", got " +
-                               std::string(py::str(dy.array.attr("shape"))));
-  Array dx;
-  dx.make({x.count(), x.size()}, x.rows.dtype());
-  check_scan(
-      without_gil([&] { return fwp_feature_map_bwd(&map_, dy.rows.tensor(), x.rows.tensor(), dx.tensor(), nullptr); }));
-  return dx.object().attr("reshape")(x.shape(x.size()));
+  const Rows x("x", object), dy("dy", d_y, &x);
+  check_memory(x);
+  const std::vector<int64_t> expected = x.with_last(size(x.row_size()));
+  if (dy.whole != expected) raise(FWP_SHAPE_ERROR, "dy: expected shape " + text(expected) + ", got " + text(dy.whole));
+  const Rows dx(x, x.row_size());
+  check_scan(without_gil([&] { return fwp_feature_map_bwd(&map_, dy.tensor(), x.tensor(), dx.tensor(), nullptr); }));
+  return dx.object();
 }
 
-py::tuple FeatureMap::parameters() const { return py::make_tuple(map_.nu, map_.eps, projection_.used()); }
+py::tuple FeatureMap::parameters() const { return py::make_tuple(map_.nu, map_.eps, projection_.object()); }
 
 const FeatureMap* feature_map(py::handle object) {
   if (object.is_none()) return nullptr;

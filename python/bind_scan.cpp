@@ -7,11 +7,11 @@
 #include <iterator>
 #include <string>
 
+#include "arrays.hpp"
 #include "bind.hpp"
 #include "errors.hpp"
 #include "features.hpp"
 #include "fwp/fwp.h"
-#include "numpy.hpp"
 
 namespace py = pybind11;
 
@@ -37,10 +37,10 @@ struct Inputs {
 
   Inputs(const Rule& rule, py::handle q_, py::handle k_, py::handle v_, py::handle beta_, py::handle g_) {
     q.read("q", q_);
-    k.read("k", k_);
-    v.read("v", v_);
-    rule.needs_beta ? beta.read("beta", beta_) : beta.read_optional("beta", beta_);
-    g.read_optional("g", g_);
+    k.read("k", k_, &q);
+    v.read("v", v_, &q);
+    rule.needs_beta ? beta.read("beta", beta_, &q) : beta.read_optional("beta", beta_, &q);
+    g.read_optional("g", g_, &q);
   }
 
   fwp_inputs tensors() const {
@@ -103,6 +103,13 @@ int qk_norm_of(py::handle object) {
 struct OptionArgs {
   py::handle feature_map, qk_norm, attention_norm, eps, scale;
 
+  fwp_options read(const Inputs& in, bool interruptible) const {
+    fwp_options options = read(interruptible);
+    if (const FeatureMap* const map = python::feature_map(feature_map)) map->check_memory(in.q);
+    options.check_only = in.q.abstract() ? 1 : 0;
+    return options;
+  }
+
   fwp_options read(bool interruptible) const {
     fwp_options options FWP_OPTIONS_INIT;
     options.scale = number("scale", scale);
@@ -158,22 +165,22 @@ py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py:
                   py::handle initial_state, py::handle cu_seqlens, py::handle out, py::handle final_state_out,
                   bool with_checkpoints) {
   Inputs in(rule, q, k, v, beta, g);
-  in.h0.read_optional("initial_state", initial_state);
+  in.h0.read_optional("initial_state", initial_state, &in.q);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
-  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(true);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
 
   const int64_t elements = check_inputs(in, options);
 
   const DLDataType dtype = in.v.dtype(), state_dtype = in.state_dtype();
   Array o, final_state, checkpoints;
-  o.write_optional("out", out);
-  final_state.write_optional("final_state_out", final_state_out);
-  if (!o.present()) o.make({in.v.size(0), in.v.size(1), in.heads(), in.v.size(3)}, dtype);
+  o.write_optional("out", out, &in.q);
+  final_state.write_optional("final_state_out", final_state_out, &in.q);
+  if (!o.present()) o.make(in.q, {in.v.size(0), in.v.size(1), in.heads(), in.v.size(3)}, dtype);
   if (!final_state.present()) {
     const StateShape state(options, in.q, in.v);
-    final_state.make({in.sequences(), in.heads(), state.K, state.columns}, state_dtype);
+    final_state.make(in.q, {in.sequences(), in.heads(), state.K, state.columns}, state_dtype);
   }
-  if (with_checkpoints) checkpoints.make({elements}, state_dtype);
+  if (with_checkpoints) checkpoints.make(in.q, {elements}, state_dtype);
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
     const fwp_outputs outputs{sizeof outputs, o.tensor(), final_state.tensor(), checkpoints.tensor()};
@@ -189,12 +196,12 @@ py::object diagnose(py::handle q, py::handle k, py::handle v, py::handle beta, p
                     py::handle qk_norm, py::handle attention_norm, py::handle eps, py::handle scale,
                     py::handle initial_state, py::handle cu_seqlens) {
   Inputs in(rule, q, k, v, beta, g);
-  in.h0.read_optional("initial_state", initial_state);
+  in.h0.read_optional("initial_state", initial_state, &in.q);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
-  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(true);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
   check_inputs(in, options);
   Array probes;
-  probes.make({in.v.size(0), in.v.size(1), in.heads(), FWP_PROBES}, in.state_dtype());
+  probes.make(in.q, {in.v.size(0), in.v.size(1), in.heads(), FWP_PROBES}, in.state_dtype());
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
     return rule.diagnose(&options, &inputs, probes.tensor(), nullptr, 0, nullptr);
@@ -220,22 +227,22 @@ py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py:
                    py::handle attention_norm, py::handle eps, py::handle scale, py::handle initial_state,
                    py::handle cu_seqlens, py::handle checkpoints) {
   Inputs in(rule, q, k, v, beta, g);
-  in.h0.read_optional("initial_state", initial_state);
+  in.h0.read_optional("initial_state", initial_state, &in.q);
   in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
-  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(true);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
   check_inputs(in, options);
 
   Array cotangent, final_cotangent, kept;
-  cotangent.read("do", d_o);
-  final_cotangent.read_optional("dfinal_state", dfinal_state);
-  kept.read_optional("checkpoints", checkpoints);
+  cotangent.read("do", d_o, &in.q);
+  final_cotangent.read_optional("dfinal_state", dfinal_state, &in.q);
+  kept.read_optional("checkpoints", checkpoints, &in.q);
   const Array* const of[] = {&in.q, &in.k, &in.v, &in.beta, &in.g, &in.h0};
   Array d[std::size(kGradients)];
   for (size_t i = 0; i < std::size(kGradients); ++i) {
-    d[i].write_optional(kGradients[i], item(out, i));
+    d[i].write_optional(kGradients[i], item(out, i), &in.q);
     if (d[i].present() && !of[i]->present())
       raise(FWP_ARGUMENT_ERROR, std::string(kGradients[i]) + ": expected None, as its input is, got an array");
-    if (of[i]->present() && !d[i].present()) d[i].make(of[i]->rank(), of[i]->shape(), of[i]->dtype());
+    if (of[i]->present() && !d[i].present()) d[i].make(in.q, of[i]->rank(), of[i]->shape(), of[i]->dtype());
   }
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
@@ -254,10 +261,10 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::h
                 py::handle eps, py::handle scale, py::handle out) {
   Inputs in(rule, q, k, v, beta, g);
   in.state_indices.read_integers("state_indices", state_indices);
-  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(false);
+  const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, false);
   Array S, o;
-  S.write("state", state);
-  o.write_optional("out", out);
+  S.write("state", state, &in.q);
+  o.write_optional("out", out, &in.q);
   if (!o.present()) {  // whose shape is known once the inputs have been checked
     const fwp_inputs checked = in.tensors();
     size_t bytes = 0;
@@ -265,7 +272,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::h
     int64_t shape[4];
     std::copy(in.v.shape(), in.v.shape() + in.v.rank(), shape);
     shape[in.v.rank() - 2] = in.heads();
-    o.make(in.v.rank(), shape, in.v.dtype());
+    o.make(in.q, in.v.rank(), shape, in.v.dtype());
   }
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
@@ -278,6 +285,11 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::h
 }  // namespace
 
 void bind_scan(py::module_& m) {
+  m.def("scan_options",
+        [](py::handle feature_map, py::handle qk_norm, py::handle attention_norm, py::handle eps, py::handle scale) {
+          const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(false);
+          return py::make_tuple(options.qk_norm, options.attention_norm != 0, options.eps, options.scale);
+        });
   m.def("linear_attention", &forward<kLinear>);
   m.def("linear_attention_backward", &backward<kLinear>);
   m.def("linear_attention_step", &step<kLinear>);

@@ -3,8 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "arrays.hpp"
 #include "fwp/fwp.h"
-#include "numpy.hpp"
 
 namespace fwp::python {
 
@@ -14,7 +14,8 @@ class FeatureMap {
   FeatureMap(int kind, int nu, double eps, pybind11::handle projection);
 
   const fwp_feature_map* tensors() const { return &map_; }
-  pybind11::tuple parameters() const;  // nu, eps, projection
+  void check_memory(const Array& x) const;  // the projection has memory if x has
+  pybind11::tuple parameters() const;       // nu, eps, projection
 
   int64_t size(int64_t n) const;  // features of a row of n numbers
   pybind11::object forward(pybind11::handle x) const;

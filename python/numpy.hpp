@@ -1,63 +1,36 @@
-// NumPy arrays as DLTensors, read through the array struct: a few dozen nanoseconds each.
+// NumPy's side of arrays: the array struct, read without a call into NumPy.
 #pragma once
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <initializer_list>
-#include <vector>
 
 #include "fwp/fwp.h"
 
-namespace fwp::python {
+namespace fwp::python::numpy {
 
-// One array argument or result of a call. It keeps the array alive; the DLTensor points into it.
-class Array {
- public:
-  Array() = default;
-  Array(const Array&) = delete;  // tensor_ points into this object
-  Array& operator=(const Array&) = delete;
+inline const pybind11::detail::npy_api& api() { return pybind11::detail::npy_api::get(); }
+inline const pybind11::detail::PyArray_Proxy& fields(pybind11::handle array) {
+  return *pybind11::detail::array_proxy(array.ptr());
+}
 
-  // Exactly a numpy.ndarray of native float32, float64, float16 or bfloat16; a subclass, as a masked array, may mean
-  // more than its data.
-  void read(const char* name, pybind11::handle object);
-  void write(const char* name, pybind11::handle object);  // read-only memory is refused
-  // None: absent.
-  void read_optional(const char* name, pybind11::handle object);
-  void write_optional(const char* name, pybind11::handle object);
-  // An integer array, or any sequence of integers; None: absent.
-  void read_integers(const char* name, pybind11::handle object);
+// Exactly a numpy.ndarray; and one of its subclasses.
+inline bool is_array(pybind11::handle object) { return Py_TYPE(object.ptr()) == api().PyArray_Type_; }
+inline bool is_subclass(pybind11::handle object) {
+  return !is_array(object) && PyObject_TypeCheck(object.ptr(), api().PyArray_Type_);
+}
 
-  // New memory in C order.
-  void make(int rank, const int64_t* shape, DLDataType dtype);
-  void make(std::initializer_list<int64_t> shape, DLDataType dtype);
+// Native float32, float64, float16 or bfloat16; raises DTypeError.
+DLDataType float_dtype(const char* name, pybind11::handle array);
+bool is_writable(pybind11::handle array);
 
-  bool present() const { return object_.ptr() != nullptr; }
-  const DLTensor* tensor() const { return present() ? &tensor_ : nullptr; }
-  int rank() const { return present() ? tensor_.ndim : 0; }
-  int64_t size(int axis) const { return shape_[axis]; }
-  const int64_t* shape() const { return shape_; }
-  DLDataType dtype() const { return tensor_.dtype; }
-  pybind11::object object() const;  // None if absent
-  pybind11::object used() const;    // the copy if one was made
+// A new array in C order.
+pybind11::object make(int rank, const int64_t* shape, DLDataType dtype);
+pybind11::object copy(pybind11::handle array);
+void copy_into(pybind11::handle to, pybind11::handle from);
+// An array over the memory of a tensor; it keeps `base` alive, or, without one, nothing. A bfloat16 without ml_dtypes
+// is UnsupportedError; as_bits gives unsigned integers of the same size in its place.
+pybind11::object over(const DLTensor& tensor, pybind11::handle base, bool as_bits);
 
-  // Replaces an array whose last axis is strided by a copy; copy_back writes that copy into a write() array.
-  bool make_contiguous();
-  void copy_back();
-
- private:
-  static constexpr int kMaxRank = 64;  // NumPy's own limit
-
-  void view(const char* name, DLDataType dtype);
-
-  pybind11::object object_;
-  pybind11::object original_;  // what object_ was before make_contiguous
-  bool writable_ = false;
-  std::vector<int64_t> integers_;
-  DLTensor tensor_;
-  int64_t shape_[kMaxRank];
-  int64_t strides_[kMaxRank];
-};
-
-}  // namespace fwp::python
+}  // namespace fwp::python::numpy

@@ -30,19 +30,19 @@ def isa(request):
     assert fwp._core.isa_calls(level) > before, f"no call ran at {level}"
 
 
-# Files whose tests need other packages, and skip where those are absent.
-INTEROP = re.compile(r"tests/test_(dlpack|routing|torch|jax|compat)\w*\.py")
+# What tests say that skip because a package is absent, or too old.
+ABSENT = re.compile(r"could not import '|has __version__ |fla is not installed|no package here")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--interop", action="store_true", help="a skipped test of another framework is an error")
+    parser.addoption("--interop", action="store_true", help="skips for want of a package are errors")
 
 
 def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if not session.config.getoption("--interop") or reporter is None:
         return
-    skipped = [report for report in reporter.getreports("skipped") if INTEROP.match(report.nodeid)]
+    skipped = [report for report in reporter.getreports("skipped") if ABSENT.search(str(report.longrepr))]
     if skipped:
         reporter.ensure_newline()
         for report in skipped:

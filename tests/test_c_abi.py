@@ -54,6 +54,8 @@ class Options(c.Structure):
         ("qk_norm", c.c_int),
         ("attention_norm", c.c_int),
         ("eps", c.c_double),
+        ("check_only", c.c_int),
+        ("reserved", c.c_int),
     ]
 
 
@@ -233,6 +235,25 @@ def test_fields_beyond_struct_size_are_absent(program):
     program.inputs.state_indices = c.cast(c.c_void_p(1), c.POINTER(Tensor))
     program.inputs.struct_size = Inputs.state_indices.offset
     assert np.array_equal(program.result(), without)
+
+
+def test_check_only_computes_nothing_and_needs_no_memory(program):
+    program.options.check_only = 1
+    program.arrays["o"][...] = np.nan
+    assert np.isnan(program.result()).all()
+    for x in program.tensors.values():  # all at one address, where there is nothing
+        x.data = 64
+    program.result()
+    program.tensors["v"].dtype.bits = 64
+    program.refused("DTypeError", "v: expected dtype float32, got float64")
+    program.tensors["v"].dtype.bits = 32
+    program.tensors["o"].shape[1] = 5
+    program.refused("ShapeError", "o: expected shape (B=1, T=4, H=2, V=3), got (1, 5, 2, 3)")
+    program.options.check_only = 2
+    program.refused("ArgumentError", "check_only: expected 0 or 1, got 2")
+    program.options.check_only = 0
+    program.options.reserved = 1
+    program.refused("ArgumentError", "reserved: expected 0, got 1")
 
 
 def test_slots_are_for_steps(program):

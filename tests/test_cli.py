@@ -277,6 +277,15 @@ def test_readme_example_runs_and_its_gradient_is_right(tmp_path):
     assert numbers[-2] == pytest.approx(numbers[-1], rel=1e-6)
 
 
+def test_all_of_the_readme_runs(tmp_path):
+    for package in ("torch", "jax", "transformers"):
+        pytest.importorskip(package)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL))
+    code += "\nassert q.shape == gradient.shape and type(gradient) is type(q) and y.shape == (2, 100, 256)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
 def test_readme_paths_exist():
     text = README.read_text(encoding="utf-8")
     root = README.parent

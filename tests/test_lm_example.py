@@ -9,20 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import fwp_core as fwp
-from fwp_core.feature_maps import ELU1
-
 pytest.importorskip("torch")
 pytest.importorskip("tqdm")
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from tolerances import CENTRAL_DIFFERENCE, CENTRAL_STEP, NETWORK, assert_bits_equal, relative_error
-from torch.autograd.gradcheck import GradcheckError
+from tolerances import NETWORK, relative_error
 
 from examples.lm import report, text, training
 from examples.lm.__main__ import main
-from examples.lm.fast_weight import fast_weight
 from examples.lm.model import MEMORIES, TAPS, ByteModel, State, generate, rotate
 
 ROOT = Path(__file__).parents[1]
@@ -36,102 +31,6 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def tensors(rng, names, B=2, T=5, H=2, K=3, V=4):
-    """Inputs of a scan with gradients, by name; the absent ones are None."""
-    shapes = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, H, V)}
-    shapes |= {"beta": (B, T, H), "g": (B, T, H), "channel_g": (B, T, H, K), "initial_state": (B, H, K, V)}
-    made = {}
-    for name in names:
-        x = rng.uniform(0, 1, shapes[name]) if name == "beta" else rng.standard_normal(shapes[name])
-        x = -abs(x) if name.endswith("g") else x
-        made[name.removeprefix("channel_")] = torch.tensor(x, requires_grad=True)
-    return made
-
-
-# the differentiable scan
-
-
-@pytest.mark.parametrize(
-    ("scan", "names", "options"),
-    [
-        (fwp.delta_rule, ("q", "k", "v", "beta"), {}),
-        (fwp.delta_rule, ("q", "k", "v", "beta", "g", "initial_state"), {"qk_norm": "l2"}),
-        (fwp.delta_rule, ("q", "k", "v", "beta", "channel_g"), {"scale": 0.7}),
-        (fwp.linear_attention, ("q", "k", "v"), {"feature_map": ELU1(), "attention_norm": True}),
-        (fwp.linear_attention, ("q", "k", "v", "initial_state"), {"qk_norm": "l2"}),
-        (fwp.linear_attention, ("q", "k", "v", "beta", "channel_g", "initial_state"), {}),
-    ],
-)
-def test_gradients_are_the_slopes(scan, names, options):
-    inputs = tensors(np.random.default_rng(1), names)
-
-    def outputs(*values):
-        return fast_weight(scan, **dict(zip(inputs, values, strict=True)), **options)
-
-    torch.autograd.gradcheck(
-        outputs, tuple(inputs.values()), eps=CENTRAL_STEP, atol=CENTRAL_DIFFERENCE, rtol=CENTRAL_DIFFERENCE
-    )
-
-
-def test_gradcheck_sees_a_wrong_gradient(monkeypatch):
-    exact = fwp.vjp
-
-    def wrong(*args, **options):
-        results, pullback = exact(*args, **options)
-        return results, lambda *cotangents: pullback(*cotangents)._replace(dk=None)
-
-    inputs = tuple(tensors(np.random.default_rng(1), ("q", "k", "v", "beta")).values())
-    monkeypatch.setattr(fwp, "vjp", wrong)
-    with pytest.raises(GradcheckError):
-        torch.autograd.gradcheck(lambda *x: fast_weight(fwp.delta_rule, *x), inputs)
-
-
-def test_results_are_those_of_the_scan_on_any_layout():
-    rng = np.random.default_rng(2)
-    q, k, v = torch.tensor(rng.standard_normal((3, 2, 2, 7, 3))).transpose(2, 3)  # [B,H,T,K] in memory
-    beta = torch.tensor(rng.uniform(size=(2, 7, 1))).expand(2, 7, 2)
-    o, final_state = fast_weight(fwp.delta_rule, q, k, v, beta)
-    expected = fwp.delta_rule(q.numpy(), k.numpy(), v.numpy(), beta.numpy())
-    assert_bits_equal(o.numpy(), expected[0])
-    assert_bits_equal(final_state.numpy(), expected[1])
-
-
-def test_gradient_of_a_sum_and_of_one_output_only():
-    inputs = tensors(np.random.default_rng(3), ("q", "k", "v", "beta"))
-    o, final_state = fast_weight(fwp.delta_rule, **inputs)
-    arrays = [x.detach().numpy() for x in inputs.values()]
-    only_o, only_state = (
-        torch.autograd.grad(y.sum(), list(inputs.values()), retain_graph=True, materialize_grads=True)
-        for y in (o, final_state)
-    )
-    zero, one = np.zeros_like, np.ones_like
-    for (y, dy), given in (((one, zero), only_o), ((zero, one), only_state)):
-        expected = fwp.delta_rule_backward(
-            y(o.detach().numpy()), *arrays, dfinal_state=dy(final_state.detach().numpy())
-        )
-        for name, gradient in zip(inputs, given, strict=True):
-            assert relative_error(gradient, getattr(expected, f"d{name}")) <= NETWORK, name
-
-
-def test_an_input_changed_before_the_backward_pass_is_an_error():
-    inputs = tensors(np.random.default_rng(4), ("q", "k", "v", "beta"))
-    k = inputs["k"] * 1
-    o, _ = fast_weight(fwp.delta_rule, **inputs | {"k": k})
-    k += 1
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        o.sum().backward()
-
-
-def test_second_derivatives_and_wrong_shapes_are_errors():
-    inputs = tensors(np.random.default_rng(5), ("q", "k", "v", "beta"))
-    o, _ = fast_weight(fwp.delta_rule, **inputs)
-    (gradient,) = torch.autograd.grad((o**2).sum(), inputs["k"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-    with pytest.raises(fwp.ShapeError, match="beta"):
-        fast_weight(fwp.delta_rule, **inputs | {"beta": inputs["beta"][:, :-1]})
 
 
 # the model and its states

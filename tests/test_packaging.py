@@ -213,7 +213,7 @@ def test_editable_install_follows_the_tree(editable, source):
     assert (Path(include) / "fwp" / "fwp.h").is_file()
     assert float(o) == 3
 
-    replace(source / "src/fwp_core/ops.py", "def vjp(", "edited = True\n\n\ndef vjp(")
+    replace(source / "src/fwp_core/ops.py", "class Gradients(", "edited = True\n\n\nclass Gradients(")
     replace(source / "cpp/core/error.cpp", "memory ran out", "memory went out")
     code = "import fwp_core as fwp; print(fwp.ops.edited, fwp._core.ERRORS)"
     assert re.fullmatch("True .*memory went out.*", editable.python("-I", "-c", code))

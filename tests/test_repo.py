@@ -22,7 +22,8 @@ ARROWS = {
     "cpp/scan": {"cpp/scan", "cpp/rules", "cpp/features"},
     "cpp/cpu": {"cpp/cpu", "cpp/scan"},
     "cpp/core": {"cpp/core", "cpp/include/fwp"},
-    "cuda": {"cuda", "cpp/rules", "cpp/features"},
+    "cuda/simt": {"cuda/simt"},
+    "cuda/primitives": {"cuda/primitives", "cuda/simt"},
     "python": {"python", "cpp/include/fwp"},
 }
 # What cpp/core sees of the back ends: their entry points and the problem handed to them.

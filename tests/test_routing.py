@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ def framework(monkeypatch):
         setattr(calls, name, lambda *args, _name=name, **kwargs: (_name, args, kwargs))
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(Tensor=Stranger))
     monkeypatch.setitem(sys.modules, "fwp_core.adapters.torch", calls)
+    monkeypatch.setattr(adapters, "torch", calls, raising=False)
     return calls
 
 
@@ -62,6 +64,12 @@ def test_what_belongs_to_no_framework_needs_no_adapter(x):
 
 def test_a_framework_that_is_half_imported_owns_nothing(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    assert adapters.adapter(Stranger()) is None
+
+
+@pytest.mark.parametrize("module", [None, mock.MagicMock(), types.SimpleNamespace(Tensor="no type")])
+def test_another_module_of_that_name_owns_nothing(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, "torch", module)
     assert adapters.adapter(Stranger()) is None
 
 

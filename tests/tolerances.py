@@ -35,6 +35,9 @@ REORDERED |= {dtype: 2 * error + 4e-6 for dtype, error in ROUNDING.items()}
 # A small network around two scans, token by token or at once, in float64: its layers amplify rounding.
 NETWORK = 1e-12
 
+# Models of others before and after a patch, float32: their chunks and ours, each with its own rounding.
+DROP_IN = 1e-5
+
 # Central differences in float64 with the best step, eps^(1/3): eps^(2/3) = 4e-11 times the third derivative.
 CENTRAL_DIFFERENCE = 1e-7
 CENTRAL_STEP = 6e-6

@@ -40,15 +40,18 @@ class Workspace {
 };
 thread_local Workspace::Piece Workspace::kept;
 
-size_t workspace_of(const Call& call, Query query) { return call.slot_bytes() + query(call.problem); }
+size_t workspace_of(const Call& call, Query query) {
+  return call.slot_bytes() + (call.check_only() ? 0 : query(call.problem));
+}
 
 void run(Call& call, Kernel kernel, size_t needed, void* workspace, size_t workspace_bytes, void* stream) {
   if (stream != nullptr) fail(FWP_ARGUMENT_ERROR, "stream: expected NULL for CPU tensors, got a stream");
   if (workspace != nullptr) call.add_workspace(workspace, workspace_bytes, needed);
-  call.check_memory();
+  if (!call.check_only()) call.check_memory();
   const Workspace own(workspace == nullptr ? needed : 0);
   char* const memory = static_cast<char*>(workspace != nullptr ? workspace : own.data());
   call.read_slots(memory);
+  if (call.check_only()) return;
   if (!kernel(call.problem, memory + call.slot_bytes())) fail(FWP_INTERRUPTED, "interrupted");
 }
 

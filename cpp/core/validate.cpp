@@ -171,6 +171,10 @@ void Call::read_options(const fwp_options& settings) {
     fail(FWP_ARGUMENT_ERROR, "attention_norm: expected 0 or 1, got ", settings.attention_norm);
   if (!(settings.eps >= 0) || std::isinf(settings.eps))
     fail(FWP_ARGUMENT_ERROR, "eps: expected a finite number of 0 or more, got ", settings.eps);
+  if (settings.check_only != 0 && settings.check_only != 1)
+    fail(FWP_ARGUMENT_ERROR, "check_only: expected 0 or 1, got ", settings.check_only);
+  if (settings.reserved != 0) fail(FWP_ARGUMENT_ERROR, "reserved: expected 0, got ", settings.reserved);
+  check_only_ = settings.check_only == 1;
   problem.features.norm = norms[settings.qk_norm];
   problem.attention_norm = settings.attention_norm == 1;
   problem.eps = settings.eps;

@@ -52,6 +52,7 @@ class Call {
   void add_gradients(const fwp_gradients* gradients);
   void add_workspace(void* workspace, size_t bytes, size_t needed);
 
+  bool check_only() const { return check_only_; }
   void check_memory() const { memory_.check(); }
 
   // The slots of a step's sequences are copied into memory of the caller and checked there, so that nobody can change
@@ -82,6 +83,7 @@ class Call {
   Axes axes(Axis heads, Axis size) const;  // [B,T,heads,size]
   Rows rows(const Tensor& x);
 
+  bool check_only_ = false;
   bool has_time_ = true;
   int64_t batch_ = -1;
   int64_t q_heads_ = 0, k_heads_ = 0, v_heads_ = 0;

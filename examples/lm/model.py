@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 import fwp_core as fwp
 
-from .fast_weight import fast_weight
-
 TAPS = 4  # of the short convolution
 
 
@@ -44,9 +42,8 @@ class FastWeightMemory:
     ) -> tuple[Tensor, Tensor]:
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
         if decode:
-            arrays = (x.detach().numpy() for x in (q, k, v, beta, g))
-            return torch.from_numpy(self.step(*arrays, state=state.numpy(), **self.options)), state
-        return fast_weight(self.scan, q, k, v, beta, g, initial_state=state, **self.options)
+            return self.step(*(x.detach() for x in (q, k, v, beta, g)), state=state, **self.options), state
+        return self.scan(q, k, v, beta, g, initial_state=state, **self.options)
 
 
 class SoftmaxMemory:

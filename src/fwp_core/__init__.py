@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from . import feature_maps, reference
 from ._core import (
     ArgumentError,
+    Array,
     CudaError,
     DeviceError,
     DTypeError,
@@ -57,6 +58,7 @@ from .ops import (
 
 __all__ = [
     "ArgumentError",
+    "Array",
     "CudaError",
     "DTypeError",
     "DeviceError",

@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._core import ArgumentError
 from .adapters import routed_by
 from .feature_maps import FeatureMap
-from .ops import ArrayT, Integers, QKNorm, delta_rule, linear_attention
+from .ops import ArrayT, Integers, QKNorm, rule_of
 
 Numbers = NDArray[Any]
 
@@ -118,7 +117,7 @@ def diagnose(
     Returns
     -------
     Diagnostics
-        Arrays [B,T,H], a summary and a picture.
+        Arrays [B,T,H], of NumPy whatever the inputs are, a summary and a picture.
 
     Raises
     ------
@@ -141,19 +140,14 @@ def diagnose(
     >>> fwp.diagnose(fwp.linear_attention, k, k, v).contrast.ravel()
     array([1., 0., 1.])
     """
-    if fn is delta_rule:
-        measure = _core.delta_rule_diagnose
-    elif fn is linear_attention:
-        measure = _core.linear_attention_diagnose
-    else:
-        raise ArgumentError(f"fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got {fn!r}")
+    measure = getattr(_core, f"{rule_of(fn)}_diagnose")
     options = (feature_map, qk_norm, attention_norm, eps, scale, initial_state, cu_seqlens)
-    probes: Any = measure(q, k, v, beta, g, *options)
+    probes = _core.to_numpy("probes", measure(q, k, v, beta, g, *options))
     # In the order of fwp_linear_diagnose of fwp.h.
     v2, read2, v_read, error2, residual2, state2, k2, k_sum, s, c, z_sum, z_max, stalled = np.moveaxis(
         probes, -1, 0
     )
-    strength = k2 if beta is None else np.asarray(beta, k2.dtype) * k2
+    strength = k2 if beta is None else _core.to_numpy("beta", beta).astype(k2.dtype) * k2
     with np.errstate(all="ignore"):
         return Diagnostics(
             contrast=np.sqrt(error2 / v2),
@@ -175,7 +169,7 @@ def diagnose(
 def _positions(tokens: int, cu_seqlens: Integers | None) -> Numbers:
     positions = np.arange(1, tokens + 1)
     if cu_seqlens is not None:
-        starts = np.asarray(cu_seqlens)
+        starts = _core.to_integers("cu_seqlens", cu_seqlens)
         positions -= starts[np.searchsorted(starts, np.arange(tokens), side="right") - 1]
     return positions
 

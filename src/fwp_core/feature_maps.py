@@ -10,14 +10,14 @@ Formulas and references: Schlag, Irie, Schmidhuber 2021, arXiv 2102.11174, secti
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import _core
 from ._core import ArgumentError, DTypeError, ShapeError
-from .adapters import adapter
+from .adapters import adapter, described
 
 __all__ = ["DPFP", "ELU1", "FAVOR", "FeatureMap", "ReLU", "Softmax", "orthogonal_gaussian"]
 
@@ -37,10 +37,37 @@ def _integer(name: str, value: int, least: int) -> int:
     return int(value)
 
 
-class FeatureMap(_core.FeatureMap):
-    """What all feature maps can do; see the maps themselves."""
+class Parameters(NamedTuple):
+    """A feature map as plain data."""
 
-    __slots__ = ()
+    kind: int  # FWP_MAP_... of fwp.h
+    nu: int = 0
+    eps: float = 0.0
+    projection: Any = None  # [m,n]
+
+    def dim(self, n: int) -> int:
+        """Return the number of features of a row of size ``n``."""
+        if self.kind == _FAVOR:
+            return 2 * int(self.projection.shape[0])
+        return 2 * n * self.nu if self.kind == _DPFP else n
+
+
+class FeatureMap(_core.FeatureMap):
+    """What all feature maps can do; see the maps themselves.
+
+    Maps are hashable, and equal where their parameters are; projections where they are the same, not a copy.
+    """
+
+    __slots__ = ("_parameters",)  # where a tracing compiler can read them
+
+    def __init__(self, parameters: Parameters) -> None:
+        given = parameters.projection
+        super().__init__(*parameters[:-1], described(given))
+        held = _core.feature_parameters(self)[2]
+        copied = isinstance(held, np.ndarray) and not (
+            isinstance(given, np.ndarray) and np.may_share_memory(given, held)
+        )
+        self._parameters = parameters._replace(projection=held) if copied else parameters
 
     def dim(self, n: int) -> int:
         """Return the number of features of a row of size ``n``."""
@@ -88,6 +115,15 @@ class FeatureMap(_core.FeatureMap):
     def _arguments(self) -> tuple[Any, ...]:
         return ()
 
+    def _identity(self) -> tuple[Any, ...]:
+        return type(self), *self._parameters[:-1], id(self._parameters.projection)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FeatureMap) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments()
 
@@ -101,7 +137,7 @@ class ReLU(FeatureMap):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(_RELU, 0, 0.0, None)
+        super().__init__(Parameters(_RELU))
 
 
 class ELU1(FeatureMap):
@@ -113,7 +149,7 @@ class ELU1(FeatureMap):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(_ELU1, 0, 0.0, None)
+        super().__init__(Parameters(_ELU1))
 
 
 class Softmax(FeatureMap):
@@ -122,7 +158,7 @@ class Softmax(FeatureMap):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(_SOFTMAX, 0, 0.0, None)
+        super().__init__(Parameters(_SOFTMAX))
 
 
 class DPFP(FeatureMap):
@@ -141,7 +177,7 @@ class DPFP(FeatureMap):
     __slots__ = ()
 
     def __init__(self, nu: int = 1) -> None:
-        super().__init__(_DPFP, _integer("nu", nu, 1), 0.0, None)
+        super().__init__(Parameters(_DPFP, nu=_integer("nu", nu, 1)))
 
     @property
     def nu(self) -> int:
@@ -168,22 +204,24 @@ class FAVOR(FeatureMap):
     Parameters
     ----------
     projection : ndarray [m, n]
-        The directions R, float32 (float64 where x is). They are read at every call, where they are; only
-        those whose last axis is not contiguous are copied, once. See :func:`orthogonal_gaussian`.
+        The directions R, float32 (float64 where x is). They are read at every call, where they are; those
+        whose last axis is not contiguous, and arrays of others than NumPy and JAX, are copied, once. A JAX
+        array, which may be traced, is for JAX arrays only; a tensor of torch must require no gradient. See
+        :func:`orthogonal_gaussian`.
     eps : float
         Added to every exponential, so that no row of features is all zero.
     """
 
     __slots__ = ()
 
-    def __init__(self, projection: Array, eps: float = 0.0) -> None:
+    def __init__(self, projection: Any, eps: float = 0.0) -> None:
         if projection is None:
-            raise DTypeError("projection: expected a numpy.ndarray, got None")
+            raise DTypeError("projection: expected an array, got None")
         if isinstance(eps, bool) or not isinstance(eps, (float, int, np.floating, np.integer)):
             raise DTypeError(f"eps: expected a number, got {type(eps).__name__}")
         if not 0 <= eps < np.inf:
             raise ArgumentError(f"eps: expected a finite number of 0 or more, got {eps}")
-        super().__init__(_FAVOR, 0, float(eps), projection)
+        super().__init__(Parameters(_FAVOR, eps=float(eps), projection=projection))
         shape, dtype = self.projection.shape, self.projection.dtype
         if dtype not in _PROJECTION_DTYPES:
             raise DTypeError(f"projection: expected dtype float32 or float64, got {dtype}")
@@ -193,7 +231,8 @@ class FAVOR(FeatureMap):
     @property
     def projection(self) -> Array:
         """The directions R."""
-        projection: Array = _core.feature_parameters(self)[2]
+        held = _core.feature_parameters(self)[2]
+        projection: Array = self._parameters.projection if isinstance(held, _core.AbstractArray) else held
         return projection
 
     @property

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
-import numpy as np
-
 from . import _core
 from ._core import ArgumentError
 from .adapters import routed_by
@@ -125,8 +123,9 @@ def delta_rule(
     Raises
     ------
     ShapeError, DTypeError, ArgumentError, ReadOnlyError
-        For the first argument that is wrong, before anything is computed or written. Only numpy.ndarray
-        itself is taken, no list and no subclass; nothing is cast.
+        For the first argument that is wrong, before anything is computed or written. Nothing is cast.
+    DeviceError, UnsupportedError
+        For an array that is not in the CPU's memory, or does not hand it out.
     MemoryError, KeyboardInterrupt
         An interrupted call leaves ``out`` and ``final_state_out`` with unspecified contents.
 
@@ -358,12 +357,8 @@ def vjp(
     >>> pullback(np.ones_like(o)).dq.shape
     (1, 5, 2, 4)
     """
-    if fn is delta_rule:
-        forward, backward = _core.delta_rule, _core.delta_rule_backward
-    elif fn is linear_attention:
-        forward, backward = _core.linear_attention, _core.linear_attention_backward
-    else:
-        raise ArgumentError(f"fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got {fn!r}")
+    rule = rule_of(fn)
+    forward, backward = getattr(_core, rule), getattr(_core, f"{rule}_backward")
 
     # Checkpoints hold for the level they were made at; without them the pullback makes its own.
     level = _core.isa()
@@ -372,13 +367,21 @@ def vjp(
     if _core.isa() != level:
         checkpoints = None
     if cu_seqlens is not None:
-        cu_seqlens = np.array(cu_seqlens)
+        cu_seqlens = _core.to_integers("cu_seqlens", cu_seqlens)
 
     def pullback(do: ArrayT, dfinal_state: ArrayT | None = None, out: Gradients | None = None) -> Gradients:
         kept = checkpoints if _core.isa() == level else None
         return Gradients(*backward(do, q, k, v, beta, g, dfinal_state, out, *options, cu_seqlens, kept))
 
     return (o, final_state), pullback
+
+
+def rule_of(fn: Callable[..., Any], *adapted: Callable[..., Any]) -> str:
+    """Return the name of this scan, which is one of this module or of these two of an adapter."""
+    for scan in (delta_rule, linear_attention, *adapted):
+        if fn is scan:
+            return scan.__name__
+    raise ArgumentError(f"fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got {fn!r}")
 
 
 @routed_by("q")

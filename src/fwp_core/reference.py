@@ -97,7 +97,7 @@ def linear_attention(
     qk_norm : {None, "sum", "l2"}
         Divide each q and k by its sum, or by its length, after the feature map; what has none becomes 0. The
         features of ``FAVOR`` with eps 0 are taken relative to the largest of the row, as in the library: the
-        norm divides that out, and exp(-|x|^2/2) cannot underflow.
+        norm divides that out, and ``exp(-|x|^2/2)`` cannot underflow.
     attention_norm, eps
         Divide by z.k + eps and by z.q + eps. States are then [N,H,K,V+1], with z last.
     form : {"recurrence", "attention"}

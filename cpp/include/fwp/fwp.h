@@ -143,7 +143,10 @@ enum { FWP_NORM_NONE = 0, FWP_NORM_SUM = 1, FWP_NORM_L2 = 2 };
  * feature_map: NULL for none; q and k then have rows of its n, everything else of its K.
  * attention_norm: 0, or 1 for z' = a z, z_t = z' + k_t, with S'^T k_t / (z'.k_t + eps) in place of S'^T k_t (delta) and
  * o_t = scale * S_t^T q_t / (z_t.q_t + eps), both 0 where the product with z is 0. States and their gradients are then
- * [N,H,K,V+1], and z is the last column. */
+ * [N,H,K,V+1], and z is the last column.
+ * check_only: 1 checks the shapes, dtypes and values of a call and computes nothing. The data of tensors, but for
+ * cu_seqlens and state_indices, is then neither read nor written, may overlap, and may be any aligned address that is
+ * not NULL: what a compiler asks that has shapes only. */
 typedef struct fwp_options {
   size_t struct_size;
   double scale;
@@ -153,8 +156,10 @@ typedef struct fwp_options {
   int qk_norm;
   int attention_norm;
   double eps;
+  int check_only;
+  int reserved; /* 0 */
 } fwp_options;
-#define FWP_OPTIONS_INIT {sizeof(fwp_options), 1.0, NULL, NULL, NULL, FWP_NORM_NONE, 0, 1e-6}
+#define FWP_OPTIONS_INIT {sizeof(fwp_options), 1.0, NULL, NULL, NULL, FWP_NORM_NONE, 0, 1e-6, 0, 0}
 
 /* q [B,T,Hq,K]  k [B,T,Hk,K]  v [B,T,Hv,V]  beta [B,T,H]  g [B,T,H] or [B,T,H,K]  h0 [N,H,K,V]
  * H = max(Hq,Hk,Hv); every head count divides H, and head h reads q head h / (H/Hq), and so on.

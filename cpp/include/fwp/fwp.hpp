@@ -163,7 +163,9 @@ class c_options {
                  map_.get(),
                  options.qk_norm,
                  options.attention_norm ? 1 : 0,
-                 options.eps} {}
+                 options.eps,
+                 0,
+                 0} {}
   const fwp_options* get() const noexcept { return &options_; }
 
  private:

@@ -8,7 +8,6 @@ module, ``torch`` or ``jax``, has functions of the names and signatures of the p
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -31,10 +30,26 @@ def adapter(x: object) -> ModuleType | None:
     if type(x) is np.ndarray:
         return None
     for name, array_type in _ARRAY_TYPES.items():
-        framework = sys.modules.get(name)
-        if framework is not None and isinstance(x, getattr(framework, array_type, ())):
-            return importlib.import_module(f"{__name__}.{name}")
+        kind = getattr(sys.modules.get(name), array_type, None)
+        if isinstance(kind, type) and isinstance(x, kind):  # another module may stand under the name
+            return _imported(name)
     return None
+
+
+def _imported(name: str) -> ModuleType:
+    # By statements: torch.compile follows those, and not importlib.
+    if name == "torch":
+        from . import torch
+
+        return torch
+    from . import jax
+
+    return jax
+
+
+def described(x: Any) -> Any:
+    """Return the array as the compiled module reads it: of JAX, which traces programs, its description."""
+    return getattr(adapter(x), "described", lambda x: x)(x)
 
 
 def routed_by(argument: str) -> Callable[[_Function], _Function]:

@@ -1,0 +1,58 @@
+// Tensors of other libraries, by the C exchange API or by capsules.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "dlpack.hpp"
+
+namespace fwp::python {
+
+// A tensor that another library manages, and whose deleter is called once. It touches Python: the GIL is held.
+class Managed {
+ public:
+  Managed() = default;
+  explicit Managed(dlpack::ManagedTensor* tensor);
+  explicit Managed(dlpack::LegacyTensor* tensor);
+  Managed(Managed&& other) noexcept
+      : versioned_(std::exchange(other.versioned_, nullptr)), legacy_(std::exchange(other.legacy_, nullptr)) {}
+  Managed& operator=(Managed&& other) noexcept {
+    std::swap(versioned_, other.versioned_);
+    std::swap(legacy_, other.legacy_);
+    return *this;
+  }
+  ~Managed();
+
+  const DLTensor& tensor() const { return versioned_ != nullptr ? versioned_->tensor : legacy_->tensor; }
+  bool legacy() const { return legacy_ != nullptr; }
+  uint32_t major() const { return versioned_ != nullptr ? versioned_->version.major : dlpack::kMajor; }
+  uint64_t flags() const { return versioned_ != nullptr ? versioned_->flags : 0; }
+
+ private:
+  dlpack::ManagedTensor* versioned_ = nullptr;
+  dlpack::LegacyTensor* legacy_ = nullptr;
+};
+
+// The exchange API of this array's type, null if it has none of our major version.
+const dlpack::ExchangeApi* exchange_api(pybind11::handle object);
+bool has_dlpack(pybind11::handle object);
+
+// The tensor that the array hands out; where its framework refuses, UnsupportedError with that error as its cause.
+Managed take(const char* name, const dlpack::ExchangeApi& api, pybind11::handle object);
+Managed take(const char* name, pybind11::handle object);
+DLTensor borrow(const char* name, const dlpack::ExchangeApi& api, pybind11::handle object);
+// A new array of the framework in C order.
+pybind11::object allocate(const dlpack::ExchangeApi& api, int rank, const int64_t* shape, DLDataType dtype);
+
+// Managed tensors of others that calls hold, and of ours that others hold.
+int64_t live_tensors();
+
+std::string dtype_name(DLDataType dtype);
+std::string device_name(int type, int id);
+std::string type_name(pybind11::handle object);
+std::string qualified_type_name(pybind11::handle object);
+
+}  // namespace fwp::python

@@ -1,0 +1,765 @@
+"""The functions of flash-linear-attention (fla 0.6) on CPU tensors: change one import.
+
+>>> from fwp_core.compat.fla import chunk_gated_delta_rule  # doctest: +SKIP
+
+Signatures, defaults, layouts and returns are fla's; the arithmetic is :func:`fwp_core.torch.delta_rule` and
+:func:`fwp_core.torch.linear_attention`, so ``chunk_`` and ``fused_recurrent_`` functions of one name are one
+function, and all of them are differentiable. The rules that hold for every function:
+
+- q, k are [B,T,H,K] and v is [B,T,HV,V], of one dtype; HV is a multiple of H. o has their dtype, all sums
+  and the states are float32 (float64 for float64). Gates and strengths may have another dtype.
+- ``scale`` is 1 / sqrt(K) unless given.
+- ``initial_state`` is [N,HV,K,V], [N,HV,V,K] with ``state_v_first``; N is B, or with ``cu_seqlens`` (B = 1)
+  the number of packed sequences. The final state has that shape; it is None unless ``output_final_state``.
+- ``use_qk_l2norm_in_kernel`` divides rows x of q and k by sqrt(\\|x\\|^2 + 1e-6).
+- ``use_gate_in_kernel``: the log decay is -exp(A_log) softplus(g + dt_bias), or with ``lower_bound`` it is
+  lower_bound sigmoid(exp(A_log) (g + dt_bias)). ``use_beta_sigmoid_in_kernel``: the strength is
+  sigmoid(beta), doubled with ``allow_neg_eigval``.
+- Gates of value channels (``gv``, or beta [B,T,HV,V]) make every value channel a head of its own: exact, and
+  slower; together with gates of key channels in memory of B T HV K V numbers.
+- What only concerns how a GPU computes has no effect: ``chunk_size``, ``chunk_indices``, ``cu_seqlens_cpu``,
+  ``disable_recompute``, ``safe_gate``, ``use_graph``, ``max_num_seqs``. As in fla, unknown keywords of a
+  function that takes ``**kwargs`` have none either.
+- ``cp_context`` and ``return_intermediate_states`` are UnsupportedErrors; other errors are those of
+  :func:`fwp_core.delta_rule`, ValueErrors where fla has ValueErrors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._core import ArgumentError, DTypeError, ShapeError, UnsupportedError
+from ..torch import delta_rule, delta_rule_step, linear_attention, linear_attention_step
+
+__all__ = [
+    "chunk_delta_rule",
+    "chunk_gated_delta_rule",
+    "chunk_gdn",
+    "chunk_gla",
+    "chunk_kda",
+    "chunk_linear_attn",
+    "chunk_retention",
+    "chunk_simple_gla",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gdn",
+    "fused_recurrent_gla",
+    "fused_recurrent_kda",
+    "fused_recurrent_linear_attn",
+    "fused_recurrent_retention",
+    "fused_recurrent_simple_gla",
+]
+
+State = Tensor | None
+Result = tuple[Tensor, State]
+
+# What fla adds to the squared length of a row, and to the sum that normalised linear attention divides by.
+_NORM_EPS = 1e-6
+_SUM_EPS = 1e-10
+
+
+# DeltaNet
+
+
+def chunk_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    **kwargs: Any,
+) -> Result:
+    """Run the delta rule; beta is [B,T,H]."""
+    _check_tensors(q, k, v, beta=beta, initial_state=initial_state)
+    return _run(
+        "delta",
+        _Inputs(q, k, v, beta),
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        l2norm=use_qk_l2norm_in_kernel,
+        others=kwargs,
+    )
+
+
+def fused_recurrent_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Result:
+    """Run the delta rule; beta is [B,T,H] or [B,T,H,V], or None for 1."""
+    _check_tensors(q, k, v, beta=beta, initial_state=initial_state)
+    return _run(
+        "delta",
+        _Inputs(q, k, v, _strength(beta, v)),
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        l2norm=use_qk_l2norm_in_kernel,
+    )
+
+
+# Gated DeltaNet
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    cp_context: Any = None,
+    **kwargs: Any,
+) -> Result:
+    """Run the gated delta rule; g and beta are [B,T,HV].
+
+    ``use_gate_in_kernel`` and its ``A_log`` [HV], ``dt_bias`` [HV] are keywords.
+    """
+    _refuse(cp_context=cp_context)
+    return fused_recurrent_gated_delta_rule(
+        q,
+        k,
+        v,
+        g,
+        beta=beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        **kwargs,
+    )
+
+
+def fused_recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **kwargs: Any,
+) -> Result:
+    """Run the gated delta rule; all of g [B,T,HV], gk [B,T,HV,K] and gv [B,T,HV,V] that are given decay.
+
+    beta is [B,T,HV] or [B,T,HV,V], or None for 1; A_log and dt_bias are [HV].
+    """
+    gates = {"g": g, "gk": gk, "gv": gv, "A_log": A_log, "dt_bias": dt_bias}
+    _check_tensors(q, k, v, **gates, beta=beta, initial_state=initial_state)
+    if use_gate_in_kernel:
+        g = _gate(g, A_log, dt_bias)
+    return _run(
+        "delta",
+        _Inputs(q, k, v, _strength(beta, v, use_beta_sigmoid_in_kernel, allow_neg_eigval), _sum(g, gk), gv),
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        l2norm=use_qk_l2norm_in_kernel,
+        state_v_first=state_v_first,
+        others=kwargs,
+    )
+
+
+chunk_gdn = chunk_gated_delta_rule
+fused_recurrent_gdn = fused_recurrent_gated_delta_rule
+
+
+# Kimi Delta Attention
+
+
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    disable_recompute: bool = False,
+    return_intermediate_states: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    cp_context: Any = None,
+    use_graph: bool = False,
+    max_num_seqs: int | None = None,
+    **kwargs: Any,
+) -> Result:
+    """Run Kimi Delta Attention; g is [B,T,HV,K], beta [B,T,HV].
+
+    ``A_log`` [HV] and ``dt_bias`` [HV*K] of ``use_gate_in_kernel`` are keywords.
+    """
+    _refuse(cp_context=cp_context, return_intermediate_states=return_intermediate_states)
+    return fused_recurrent_kda(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        lower_bound=lower_bound,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        **kwargs,
+    )
+
+
+def fused_recurrent_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **kwargs: Any,
+) -> Result:
+    """Run Kimi Delta Attention; g is [B,T,HV,K], beta [B,T,HV] or [B,T,HV,V], A_log [HV], dt_bias [HV*K]."""
+    _check_tensors(q, k, v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state)
+    if use_gate_in_kernel:
+        g = _gate(g, A_log, dt_bias, lower_bound)
+    return _run(
+        "delta",
+        _Inputs(q, k, v, _strength(beta, v, use_beta_sigmoid_in_kernel, allow_neg_eigval), g),
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        l2norm=use_qk_l2norm_in_kernel,
+        state_v_first=state_v_first,
+        others=kwargs,
+    )
+
+
+# Linear attention
+
+
+def chunk_linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | tuple[State, State] | None = None,
+    output_final_state: bool = False,
+    normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, State | tuple[State, Tensor]]:
+    """Run linear attention; see :func:`fused_recurrent_linear_attn` about ``normalize``."""
+    return fused_recurrent_linear_attn(
+        q, k, v, scale, initial_state, output_final_state, normalize=normalize, cu_seqlens=cu_seqlens
+    )
+
+
+def fused_recurrent_linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | tuple[State, State] | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    normalize: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, State | tuple[State, Tensor]]:
+    """Run linear attention.
+
+    ``normalize`` divides o by scale q.z + 1e-10, z the sum of the keys so far (o is 0 where q.z = 0); the
+    first state may then be a pair of S and z [N,1,H,K], and the last is one, of which z is always there.
+    """
+    first = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
+    if len(first) != 2:
+        raise ArgumentError(f"initial_state: expected a tensor or two in a tuple, got {len(first)} of them")
+    for x in first:
+        _check_tensors(q, k, v, initial_state=x)
+    if not normalize:
+        if isinstance(initial_state, tuple):
+            raise ArgumentError("initial_state: expected a tensor with normalize=False, got a tuple")
+        return _run(
+            "linear",
+            _Inputs(q, k, v),
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            reverse=reverse,
+        )
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    if not scale > 0:
+        raise ArgumentError(f"scale: expected a positive number with normalize=True, got {scale}")
+    o, joined = _run(
+        "linear",
+        _Inputs(q, k, v),
+        scale=1.0,
+        initial_state=_with_key_sum(initial_state, k, v),
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+        reverse=reverse,
+        attention_norm=True,
+        eps=_SUM_EPS / scale,
+    )
+    assert joined is not None
+    state, z = joined[..., :-1], joined[..., -1].unsqueeze(1)
+    return o, (state.contiguous() if output_final_state else None, z.contiguous())
+
+
+# Linear attention with decay: one gate per head, fixed ones, one per channel
+
+
+def chunk_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    **kwargs: Any,
+) -> Result:
+    """Run linear attention with decay g [B,T,H] or g_gamma [H]."""
+    return fused_recurrent_simple_gla(
+        q,
+        k,
+        v,
+        g,
+        g_gamma,
+        scale,
+        initial_state,
+        output_final_state,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        **kwargs,
+    )
+
+
+def fused_recurrent_simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **kwargs: Any,
+) -> Result:
+    """Run linear attention with decay g [B,T,H], g_gamma [H], or the sum of both."""
+    _check_tensors(q, k, v, g=g, g_gamma=g_gamma, initial_state=initial_state)
+    if g_gamma is not None:
+        g = _sum(g_gamma.expand(*q.shape[:2], -1), g)
+    return _run(
+        "linear",
+        _Inputs(q, k, v, g=g),
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        reverse=reverse,
+        state_v_first=state_v_first,
+        others=kwargs,
+    )
+
+
+def chunk_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **kwargs: Any,
+) -> Result:
+    """Run retention: head h decays by 1 - 2^(-5-h)."""
+    return fused_recurrent_retention(
+        q, k, v, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **kwargs
+    )
+
+
+def fused_recurrent_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **kwargs: Any,
+) -> Result:
+    """Run retention: head h decays by 1 - 2^(-5-h)."""
+    _check_tensors(q, k, v)
+    heads = torch.arange(q.shape[2], dtype=_wide(q), device=q.device)
+    return fused_recurrent_simple_gla(
+        q,
+        k,
+        v,
+        None,
+        torch.log1p(-(2.0 ** (-5.0 - heads))),
+        scale,
+        initial_state,
+        output_final_state,
+        reverse,
+        state_v_first,
+        cu_seqlens,
+        **kwargs,
+    )
+
+
+def chunk_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> Result:
+    """Run gated linear attention with decay g [B,T,H,K]."""
+    return fused_recurrent_gla(
+        q,
+        k,
+        v,
+        g,
+        None,
+        scale,
+        initial_state,
+        output_final_state,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def fused_recurrent_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **kwargs: Any,
+) -> Result:
+    """Run gated linear attention with decays gk [B,T,H,K] of keys' and gv [B,T,H,V] of values' channels."""
+    _check_tensors(q, k, v, gk=gk, gv=gv, initial_state=initial_state)
+    return _run(
+        "linear",
+        _Inputs(q, k, v, g=gk, gv=gv),
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        reverse=reverse,
+        state_v_first=state_v_first,
+        others=kwargs,
+    )
+
+
+# What all of them are.
+
+
+class _Inputs(NamedTuple):
+    """What has a time axis."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor | None = None  # [B,T,H], or [B,T,H,V]
+    g: Tensor | None = None  # [B,T,H] or [B,T,H,K]
+    gv: Tensor | None = None  # [B,T,H,V]
+
+
+# Of sequences, and of tokens of a sequence in one pass over its state.
+_RULES: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]] = {
+    "delta": (delta_rule, delta_rule_step),
+    "linear": (linear_attention, linear_attention_step),
+}
+_STEP_TOKENS = 24
+
+# (inputs, initial_state, cu_seqlens) -> (o, final_state)
+_Scan = Callable[[_Inputs, State, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def _run(
+    rule: str,
+    x: _Inputs,
+    *,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    l2norm: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    others: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Result:
+    """Bring fla's arguments into the library's form, run the rule, and bring the results back."""
+    v_first = _v_first(state_v_first, others or {})
+    cu_seqlens = _integers(cu_seqlens)
+    state = _state(x, initial_state, cu_seqlens, v_first, options.get("attention_norm", False))
+    if l2norm:
+        x = x._replace(q=_l2norm(x.q), k=_l2norm(x.k))
+    options["scale"] = x.k.shape[-1] ** -0.5 if scale is None else scale
+
+    scan: _Scan = partial(_scan, rule, options)
+    if x.gv is not None or (x.beta is not None and x.beta.ndim == 4):
+        scan = partial(_scan_value_channels, scan)
+    if reverse:
+        scan = partial(_scan_reversed, scan)
+    o, final_state = scan(x, state, cu_seqlens)
+
+    if not output_final_state:
+        return o, None
+    return o, (final_state.transpose(-1, -2) if v_first else final_state).contiguous()
+
+
+def _scan(
+    rule: str, options: Mapping[str, Any], x: _Inputs, state: State, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scan, step = _RULES[rule]
+    accepted = (x.q.dtype, _wide(x.q))
+    gates = (t if t is None or t.dtype in accepted else t.to(_wide(x.q)) for t in (x.beta, x.g))
+    inputs = (x.q, x.k, x.v, *gates)
+    few = cu_seqlens is None and x.q.shape[1] <= _STEP_TOKENS
+    if state is None or not few or torch.is_grad_enabled():
+        return scan(*inputs, initial_state=state, cu_seqlens=cu_seqlens, **options)
+    final_state = state.clone(memory_format=torch.contiguous_format)
+    return step(*inputs, state=final_state, **options), final_state
+
+
+def _scan_reversed(scan: _Scan, x: _Inputs, state: State, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """From the last token to the first: time is turned around, of packed sequences their order with it."""
+    x = _Inputs._make(t if t is None else t.flip(1) for t in x)
+    if cu_seqlens is None:
+        o, final_state = scan(x, state, None)
+        return o.flip(1), final_state
+    o, final_state = scan(x, state if state is None else state.flip(0), x.q.shape[1] - cu_seqlens.flip(0))
+    return o.flip(1), final_state.flip(0)
+
+
+def _scan_value_channels(
+    scan: _Scan, x: _Inputs, state: State, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gates and strengths that differ between value channels: V heads of one channel for each head.
+
+    Value channels never meet, and neighbouring heads share queries and keys, so this is exact.
+    """
+    H, V = x.v.shape[2:]
+
+    def each(t: State) -> State:
+        """[B,T,H,...] as [B,T,H*V,...], the same for every channel of a head."""
+        return t if t is None else t.repeat_interleave(V, 2)
+
+    beta = x.beta.flatten(2) if x.beta is not None and x.beta.ndim == 4 else each(x.beta)
+    g = _sum(None if x.gv is None else x.gv.flatten(2), each(x.g))
+    inputs = _Inputs(x.q, x.k, x.v.flatten(2).unsqueeze(3), beta, g)
+    if state is not None:
+        state = state.transpose(2, 3).flatten(1, 2).unsqueeze(3)
+    o, final_state = scan(inputs, state, cu_seqlens)
+    N, _, K, _ = final_state.shape
+    return o.reshape(x.v.shape), final_state.reshape(N, H, V, K).transpose(2, 3)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of sums."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _state(x: _Inputs, state: State, cu_seqlens: Tensor | None, v_first: bool, with_sum: bool) -> State:
+    """The initial state [N,H,K,V], in the dtype of sums."""
+    if state is None:
+        return None
+    N = x.q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    K, V = x.k.shape[3], x.v.shape[3] + with_sum
+    _check_shape("initial_state", state, (N, x.v.shape[2], *((V, K) if v_first else (K, V))))
+    state = state.to(_wide(x.q))
+    return state.transpose(-1, -2) if v_first else state
+
+
+def _integers(cu_seqlens: Any) -> Tensor | None:
+    """A tensor of one axis, whatever the integers came as."""
+    if cu_seqlens is None:
+        return None
+    try:
+        integers = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.tensor(cu_seqlens)
+    except (TypeError, ValueError, RuntimeError):
+        raise DTypeError(f"cu_seqlens: expected integers, got {type(cu_seqlens).__name__}") from None
+    if integers.ndim != 1:
+        raise ShapeError(f"cu_seqlens: expected shape (N + 1,), got {tuple(integers.shape)}")
+    other = integers.is_floating_point() or integers.is_complex() or integers.dtype == torch.bool
+    return integers if other else integers.long()  # others are refused by the call
+
+
+def _check_tensors(q: object, k: object, v: object, **others: object) -> None:
+    """That q, k and v are tensors with four axes, and the others tensors or None."""
+    for name, x in {"q": q, "k": k, "v": v, **others}.items():
+        if x is None and name in others:
+            continue
+        if not isinstance(x, Tensor):
+            raise DTypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        if name not in others and x.ndim != 4:
+            raise ShapeError(f"{name}: expected shape (B, T, H, size), got {tuple(x.shape)}")
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ShapeError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+
+
+def _l2norm(x: Tensor) -> Tensor:
+    wide = x.to(_wide(x))
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return torch.mul(wide, (length * length + _NORM_EPS).rsqrt()).to(x.dtype)
+
+
+def _sum(gate: State, other: State) -> State:
+    """Of gates [B,T,H] and others, which may be [B,T,H,K]; an absent one is 0."""
+    if gate is None or other is None:
+        return other if gate is None else gate
+    gate = gate if gate.ndim == other.ndim else gate.unsqueeze(-1)
+    return gate.to(_wide(gate)) + other.to(_wide(other))
+
+
+def _gate(g: State, A_log: State, dt_bias: State, lower_bound: float | None = None) -> Tensor:
+    """The log decay of a raw gate [B,T,H] or [B,T,H,K]."""
+    if g is None:
+        raise ArgumentError("g: expected a tensor with use_gate_in_kernel=True, got None")
+    if A_log is None and lower_bound is None:
+        raise ArgumentError("A_log: expected a tensor with use_gate_in_kernel=True, got None")
+    wide = _wide(g)
+    x = g.to(wide)
+    if dt_bias is not None:
+        x = x + dt_bias.to(wide).reshape(g.shape[2:])
+    rate = None if A_log is None else A_log.to(wide).exp().reshape(-1, *[1] * (g.ndim - 3))
+    if lower_bound is not None:
+        return lower_bound * torch.sigmoid(x if rate is None else rate * x)
+    assert rate is not None
+    return -rate * F.softplus(x)
+
+
+def _strength(beta: State, v: Tensor, sigmoid: bool = False, doubled: bool = False) -> Tensor:
+    if doubled and not sigmoid:
+        raise ArgumentError("allow_neg_eigval: expected use_beta_sigmoid_in_kernel=True with it, got False")
+    if beta is None:
+        beta = v.new_ones(v.shape[:3])
+    if not sigmoid:
+        return beta
+    beta = torch.sigmoid(beta.to(_wide(beta)))
+    return 2 * beta if doubled else beta
+
+
+def _with_key_sum(initial_state: Tensor | tuple[State, State] | None, k: Tensor, v: Tensor) -> State:
+    """S [N,H,K,V] and z [N,1,H,K] as the state [N,H,K,V+1] of normalised attention."""
+    state, z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
+    if state is None and z is None:
+        return None
+    if z is None:
+        assert state is not None
+        return F.pad(state.to(_wide(k)), (0, 1))
+    z = z.to(_wide(k)).squeeze(1).unsqueeze(3)
+    if state is None:
+        return F.pad(z, (v.shape[-1], 0))
+    return torch.cat([state.to(z.dtype), z], -1)
+
+
+def _v_first(state_v_first: bool, others: Mapping[str, Any]) -> bool:
+    """Whether states are [V,K], by the older name of the option as well."""
+    if others.get("head_first"):
+        raise DeprecationWarning("head_first: expected [B,T,H,...] inputs without it, got True")
+    if "transpose_state_layout" not in others:
+        return state_v_first
+    if state_v_first:
+        raise ArgumentError("transpose_state_layout: expected it or state_v_first, got both")
+    message = "transpose_state_layout is deprecated and renamed to state_v_first"
+    warnings.warn(message, DeprecationWarning, stacklevel=4)
+    return bool(others["transpose_state_layout"])
+
+
+def _refuse(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value:
+            raise UnsupportedError(f"{name}: expected None or False on a CPU, got {value!r}")
