@@ -189,7 +189,7 @@ class Block {
   void touch_shared(const void* p, size_t bytes, Access access, const Site& site) {
     if (!options_.check) return;
     const size_t offset = static_cast<size_t>(static_cast<const char*>(p) - shared_.get());
-    check_alignment("shared", offset, bytes, access, site);
+    check_alignment("shared", offset, bytes, site);
     if (offset + bytes > shared_bytes_ || offset > shared_bytes_) outside("shared", offset, bytes, shared_bytes_, site);
     for (size_t c = offset / kGrain; c * kGrain < offset + bytes; ++c)
       touch("shared", c * kGrain, shared_cells_[c], access, now(site));
@@ -199,7 +199,7 @@ class Block {
   void touch_global(const void* p, size_t bytes, Access access, const Site& site) {
     if (!options_.check) return;
     const auto address = reinterpret_cast<uintptr_t>(p);
-    check_alignment("global", address, bytes, access, site);
+    check_alignment("global", address, bytes, site);
     check_range(address, bytes, access, site);
     for (uintptr_t c = address / kGrain; c * kGrain < address + bytes; ++c)
       touch("global", c * kGrain, global_cells_[c], access, now(site));
@@ -360,7 +360,7 @@ class Block {
          text(sites_[moment.site]) + ", and nothing orders them");
   }
 
-  void check_alignment(const char* memory, size_t address, size_t bytes, Access, const Site& site) {
+  void check_alignment(const char* memory, size_t address, size_t bytes, const Site& site) {
     if (address % bytes != 0)
       fail(std::string(memory) + " memory: " + text(current_->index) + " touches " + std::to_string(bytes) +
            " bytes at " + std::to_string(address) + ", not a multiple of them, by " + text(site));
@@ -402,7 +402,7 @@ class Block {
   // The part of a copy's source that is read at all.
   void touch_global_part(const void* from, size_t bytes, size_t valid, const Site& site) {
     if (!options_.check) return;
-    check_alignment("global", reinterpret_cast<uintptr_t>(from), bytes, Access::read, site);
+    check_alignment("global", reinterpret_cast<uintptr_t>(from), bytes, site);
     for (size_t i = 0; i < valid; i += kGrain)
       touch_global(static_cast<const char*>(from) + i, kGrain, Access::read, site);
     auto& requests = current_->requests;

@@ -132,6 +132,21 @@ TEST_CASE("a write races with any of several readers") {
   }
 }
 
+TEST_CASE("later reads of one warp do not hide a read of another") {
+  // Where warp 0 goes first, thread 32 reads between threads 0 and 1, which a shuffle parts but does not order.
+  const auto kernel = [] {
+    float* const x = shared_floats();
+    if (thread_index() == 5) store_shared(x, 1.0f);
+    sync_block();
+    if (thread_index() == 0 || thread_index() == 32) load_shared(x);
+    shuffle(0, 0);
+    if (thread_index() == 1) load_shared(x);
+    sync_warp();
+    if (thread_index() == 1) store_shared(x, 2.0f);
+  };
+  CHECK(has(fault(kernel), "thread 32 reads it"));
+}
+
 TEST_CASE("two writes race, also of the same value and of halves of a word") {
   CHECK(has(fault([] { store_shared(shared_floats(), 1.0f); }), "writes it by store_shared"));
   CHECK(fault([] { store_shared(static_cast<Half*>(shared_memory()) + thread_index(), Half{1}); }) == "");
