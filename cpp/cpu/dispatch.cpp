@@ -230,10 +230,6 @@ class Backward {
   Interruption interruption_;
 };
 
-std::atomic<int> num_threads{0};
-
-}  // namespace
-
 size_t forward_workspace(const Problem& p) {
   const ForwardPlan plan(p, kernels(p.level), p.N);
   return for_workers(plan.scratch, plan.threads);
@@ -249,27 +245,31 @@ int64_t checkpoint_elements(const Problem& p) {
   return first_slot(p, g, p.N) * p.H * g.tiles * g.tile;
 }
 
-bool forward(const Problem& p, void* workspace) {
+Outcome outcome(bool finished) { return finished ? Outcome::done : Outcome::interrupted; }
+
+Outcome forward(const Problem& p, void* workspace) {
   const Kernels& k = count_call(p.level);
   Interruption interruption(p.step ? Interrupt{} : p.interrupt);
-  return scan_sequences(p, k, ForwardPlan(p, k, p.N), workspace, 0, p.N, true, interruption);
+  return outcome(scan_sequences(p, k, ForwardPlan(p, k, p.N), workspace, 0, p.N, true, interruption));
 }
 
-bool backward(const Problem& p, void* workspace) { return Backward(p, count_call(p.level), workspace).run(); }
+Outcome backward(const Problem& p, void* workspace) {
+  return outcome(Backward(p, count_call(p.level), workspace).run());
+}
 
 size_t diagnose_workspace(const Problem& p) {
   const DiagnosePlan plan(p, kernels(p.level));
   return for_workers(plan.scratch, plan.threads);
 }
 
-bool diagnose(const Problem& p, void* workspace) {
+Outcome diagnose(const Problem& p, void* workspace) {
   const Kernels& k = count_call(p.level);
   const DiagnosePlan plan(p, k);
   Interruption interruption(p.interrupt);
-  return for_each(plan.threads, p.N * p.H, interruption, [&](int64_t i, int worker) {
+  return outcome(for_each(plan.threads, p.N * p.H, interruption, [&](int64_t i, int worker) {
     k.diagnose(p, plan.g, i / p.H, i % p.H, static_cast<char*>(workspace) + static_cast<size_t>(worker) * plan.scratch,
                interruption.stop());
-  });
+  }));
 }
 
 size_t map_workspace(const Problem& p) {
@@ -277,7 +277,7 @@ size_t map_workspace(const Problem& p) {
   return for_workers(plan.scratch, plan.threads);
 }
 
-void map_rows(const Problem& p, void* workspace) {
+Outcome map_rows(const Problem& p, void* workspace) {
   const Kernels& k = count_call(p.level);
   const MapPlan plan(p, k);
   Interruption none({});
@@ -285,6 +285,31 @@ void map_rows(const Problem& p, void* workspace) {
     k.map_rows(p, p.T * i / plan.pieces, p.T * (i + 1) / plan.pieces,
                static_cast<char*>(workspace) + static_cast<size_t>(worker) * plan.scratch);
   });
+  return Outcome::done;
+}
+
+std::atomic<int> num_threads{0};
+
+}  // namespace
+
+const Backend& backend() {
+  static constexpr Backend table{
+      sizeof(Backend),
+      sizeof(Problem),
+      forward_workspace,
+      backward_workspace,
+      diagnose_workspace,
+      map_workspace,
+      checkpoint_elements,
+      forward,
+      backward,
+      diagnose,
+      map_rows,
+      [] { return ""; },
+      nullptr,  // its memory is cpp/core's own
+      nullptr,
+  };
+  return table;
 }
 
 void set_num_threads(int threads) { num_threads = std::clamp(threads, 1, 256); }

@@ -34,6 +34,14 @@ struct Interrupt {
   void* data = nullptr;
 };
 
+// Integers in the memory of a device, where only kernels can check them; data == nullptr: absent.
+struct DeviceIntegers {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  bool wide = false;  // int64, else int32
+};
+
+inline constexpr int kHost = -1;  // Problem::device of arrays in the memory of the CPU
 inline constexpr int64_t kNoSlot = -1;
 inline constexpr int kProbes = 13;  // numbers per token and head of a diagnosis, fwp.h
 
@@ -49,8 +57,11 @@ struct Problem {
   bool attention_norm = false;
   double eps = 0;  // of attention_norm
   double scale = 1;
-  int level = 0;  // instruction set level and threads, fixed when the call is validated
+  int level = 0;  // of the CPU: instruction set level and threads, fixed when the call is validated
   int threads = 1;
+  int device = kHost;      // number of the CUDA device whose memory every array is in, and
+  void* stream = nullptr;  // the stream that the work is put on
+  DeviceIntegers device_cu_seqlens, device_state_indices;  // in place of the host's
   Interrupt interrupt;
 
   Rows q, k, v, beta, g;

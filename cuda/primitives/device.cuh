@@ -3,6 +3,7 @@
 
 #define FWP_KERNEL __global__
 #define FWP_DEVICE __device__ __forceinline__
+#define FWP_PARAMETER const __grid_constant__
 
 namespace fwp::cuda {
 

@@ -9,6 +9,7 @@
 
 #define FWP_KERNEL
 #define FWP_DEVICE inline
+#define FWP_PARAMETER const
 // The last parameters of a primitive, and what they make.
 #define FWP_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define FWP_AT(name) (simt::Site{name, file, line})

@@ -1,6 +1,8 @@
 // What kernels are written in: each primitive once as PTX (device.cuh) and once for the host emulator (host.cuh), under
 // the same name. A kernel touches shared and global memory through them only, so that the emulator sees it.
 //
+//   FWP_KERNEL FWP_DEVICE                    before a kernel, before a function of kernels
+//   FWP_PARAMETER                            before the type of a struct that is a kernel's parameter
 //   thread_index() block_index_x() .. block_threads() lane() warp()
 //   shared_memory()                          dynamic shared memory of the block, aligned to 16 bytes
 //   sync_block() sync_warp()

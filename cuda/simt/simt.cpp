@@ -504,6 +504,19 @@ thread_local Block* block = nullptr;
 
 }  // namespace
 
+Options options_from_environment() {
+  const auto setting = [](const char* name) {
+    const char* const value = std::getenv(name);
+    return std::string(value != nullptr ? value : "");
+  };
+  Options options;
+  options.check = setting("FWP_SIMT_CHECK") != "0";
+  const std::string order = setting("FWP_SIMT_ORDER");
+  if (order == "reverse") options.order = Order::reverse;
+  if (order == "random") options.order = Order::random;
+  return options;
+}
+
 Report launch(Dim3 grid, unsigned threads, size_t shared_bytes, const Options& options,
               const std::function<void()>& kernel) {
   if (threads == 0 || threads % kWarp != 0 || threads > 1024)

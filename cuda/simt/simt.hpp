@@ -58,6 +58,9 @@ struct Traffic {
   uint64_t requests = 0, ideal = 0, actual = 0;
 };
 
+// FWP_SIMT_CHECK=0 checks nothing; FWP_SIMT_ORDER=forward, reverse or random.
+Options options_from_environment();
+
 struct Report {
   uint64_t switches = 0, barriers = 0;
   std::map<std::string, uint64_t> collectives;    // by name: "mma_f16", "shuffle", ...

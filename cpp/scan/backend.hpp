@@ -1,0 +1,40 @@
+// What cpp/core sees of a back end: functions that run problems that have been validated.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "problem.hpp"
+
+namespace fwp {
+
+enum class Outcome { done, interrupted, failed };
+
+// Nothing here throws. Workspaces are aligned to 64 bytes, in the memory that the arrays are in.
+struct Backend {
+  // Guards against a plugin of another build.
+  size_t backend_bytes, problem_bytes;
+
+  // Bytes of workspace that the call takes for this problem.
+  size_t (*forward_workspace)(const Problem&);  // of steps, too
+  size_t (*backward_workspace)(const Problem&);
+  size_t (*diagnose_workspace)(const Problem&);
+  size_t (*map_workspace)(const Problem&);
+  // Elements, in the accumulation type, of Problem::checkpoints.
+  int64_t (*checkpoint_elements)(const Problem&);
+
+  Outcome (*forward)(const Problem&, void* workspace);
+  Outcome (*backward)(const Problem&, void* workspace);
+  // The probes of every token and head, in problem.o [B,T,H,kProbes].
+  Outcome (*diagnose)(const Problem&, void* workspace);
+  // A feature map by itself: rows problem.q [T][features.inputs] into problem.o [T][K], or, where problem.d_o is given,
+  // that into problem.dq.
+  Outcome (*map_rows)(const Problem&, void* workspace);
+  // What went wrong in this thread's last call that failed.
+  const char* (*error)();
+
+  // Memory for work on this stream of this device; nullptr: there is none.
+  void* (*allocate)(int device, size_t bytes, void* stream);
+  void (*deallocate)(int device, void* memory, void* stream);
+};
+}  // namespace fwp

@@ -1,0 +1,19 @@
+// The chunk form on tensor cores: 64 tokens at a time by products of float16 operands with float32 sums and states.
+#pragma once
+
+#include "../../cpp/scan/problem.hpp"
+#include "../launch.hpp"
+
+namespace fwp::cuda::chunk {
+
+// Whether this form takes the problem; a function of its shapes, dtypes and options alone. Features are a pass before.
+bool serves(const Problem& p);
+
+// The heads [N][H] that this form gave up, with data that are not finite or out of the range of its operands, are not 0
+// in `left` afterwards, and nothing of their outputs counts: the recurrent form does them again.
+size_t forward_workspace(const Problem& p);
+void forward(const Problem& p, void* workspace, int32_t* left, Queue& queue);
+size_t backward_workspace(const Problem& p);
+void backward(const Problem& p, void* workspace, int32_t* left, Queue& queue);
+
+}  // namespace fwp::cuda::chunk

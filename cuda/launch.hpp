@@ -1,0 +1,80 @@
+// Kernels on a stream. Under the emulator they run at once, on the host, and what they may touch is what was announced.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "primitives/primitives.cuh"
+
+namespace fwp::cuda {
+
+struct Grid {
+  unsigned x = 1, y = 1, z = 1;  // y and z up to 65535
+};
+
+// Inside the back end; its border (backend.cu) turns it into Outcome::failed.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Memory that a call's kernels may touch: its arrays, and its workspace.
+struct Memory {
+  const void* begin;
+  size_t bytes;
+  bool writable;
+};
+
+class Queue {
+ public:
+  explicit Queue(void* stream, std::vector<Memory> memory) : stream_(stream), memory_(std::move(memory)) {}
+
+  // Puts kernel(arguments...) on the stream. An empty grid does nothing. Throws Error.
+  template <class... Parameters, class... Arguments>
+  void run(const char* name, void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes,
+           const Arguments&... arguments) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    launch(name, kernel, grid, threads, shared_bytes, Parameters(arguments)...);
+  }
+
+ private:
+#ifdef __CUDACC__
+  template <class... Parameters>
+  void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes,
+              Parameters... parameters) {
+    constexpr size_t kWithoutAsking = 48 << 10;
+    if (shared_bytes > kWithoutAsking)
+      check(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    void* pointers[] = {&parameters..., nullptr};
+    check(name, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z),
+                                 dim3(static_cast<unsigned>(threads)), pointers, shared_bytes,
+                                 static_cast<cudaStream_t>(stream_)));
+  }
+  static void check(const char* name, cudaError_t status) {
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // reported here, so that nobody meets it again
+    throw Error(std::string(name) + ": " + cudaGetErrorString(status));
+  }
+#else
+  template <class... Parameters>
+  void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes,
+              Parameters... parameters) {
+    simt::Options options = simt::options_from_environment();
+    for (const Memory& m : memory_) options.global.push_back({m.begin, m.bytes, m.writable});
+    try {
+      simt::launch({grid.x, grid.y, grid.z}, static_cast<unsigned>(threads), shared_bytes, options,
+                   [&] { kernel(parameters...); });
+    } catch (const simt::Fault& fault) {
+      throw Error(std::string(name) + ": " + fault.what());
+    }
+  }
+#endif
+
+  void* stream_;
+  std::vector<Memory> memory_;
+};
+
+}  // namespace fwp::cuda

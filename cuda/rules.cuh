@@ -1,0 +1,16 @@
+// The update rules of cpp/rules as kernels have them: a pack of columns is a thread's column.
+#pragma once
+
+#include "primitives/primitives.cuh"
+
+#define FWP_HD FWP_DEVICE
+#ifdef __CUDACC__
+#define FWP_UNROLL _Pragma("unroll")
+#else
+#define FWP_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+#include "../cpp/rules/block.hpp"
+#include "../cpp/rules/decay.hpp"
+#include "../cpp/rules/delta.hpp"
+#include "../cpp/rules/linear.hpp"
