@@ -79,9 +79,7 @@ void check(const Backend& backend, Outcome outcome) {
   if (outcome == Outcome::failed) fail(FWP_CUDA_ERROR, backend.error());
 }
 
-void run(const Problem& p, Kernel kernel, void* workspace) {
-  check(backend(p), (backend(p).*kernel)(p, workspace));
-}
+void run(const Problem& p, Kernel kernel, void* workspace) { check(backend(p), (backend(p).*kernel)(p, workspace)); }
 
 void run(Call& call, Kernel kernel, Query query, void* workspace, size_t workspace_bytes, void* stream) {
   const size_t needed = workspace_of(call, query);
