@@ -30,8 +30,10 @@ struct Block {
   Block(DLDevice device_, void* stream_, py::handle owner_, size_t bytes)
       : device(device_), stream(stream_), data(allocate(device_, stream_, bytes)), owner(owner_.inc_ref().ptr()) {}
   ~Block() {
-    if (is_host(device)) return fwp_free(data);
-    fwp_device_free(device.device_id, data, stream);
+    if (is_host(device))
+      fwp_free(data);
+    else
+      fwp_device_free(device.device_id, data, stream);
     if (owner == nullptr || Py_IsInitialized() == 0) return;
     const PyGILState_STATE gil = PyGILState_Ensure();
     Py_DECREF(owner);
@@ -225,7 +227,8 @@ void bind_array(py::module_& m) {
   py::class_<OwnArray>(
       m, "Array",
       "A result for a framework that cannot be asked to take it over.\n\n"
-      "Hand it to that framework's from_dlpack, or to numpy.asarray; the memory is shared, not copied.")
+      "Hand it to that framework's from_dlpack, or to numpy.asarray; the memory is shared, not copied.\n"
+      "Memory of a CUDA device is for from_dlpack only, whose stream is made to wait for the contents.")
       .def_property_readonly("shape", [](const OwnArray& self) { return py::tuple(py::cast(self.shape())); })
       .def_property_readonly("ndim", [](const OwnArray& self) { return self.shape().size(); })
       .def_property_readonly("dtype", [](OwnArray& self) { return dtype_name(self.tensor().dtype); })
