@@ -84,13 +84,19 @@ class Workspace {
     if (!in.q.allocates()) return;
     const fwp_inputs inputs = in.tensors();
     check_scan(query(&options, &inputs, &bytes_));
-    if (bytes_ != 0) memory_.make(in.q, {static_cast<int64_t>(bytes_)}, {kDLUInt, 8, 1});
+    if (bytes_ != 0) memory_.make(in.q, {static_cast<int64_t>(bytes_ + kAlignment)}, {kDLUInt, 8, 1});
   }
 
-  void* data() const { return memory_.present() ? memory_.tensor()->data : nullptr; }
+  void* data() const {
+    if (!memory_.present()) return nullptr;
+    const auto address = reinterpret_cast<uintptr_t>(memory_.tensor()->data);
+    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  }
   size_t bytes() const { return bytes_; }
 
  private:
+  static constexpr size_t kAlignment = 64;  // that fwp.h wants; frameworks promise none
+
   Array memory_;
   size_t bytes_ = 0;
 };
