@@ -1,0 +1,77 @@
+// How a call is cut among blocks of threads, and what memory it takes: functions of the problem, and, as for where
+// things lie, of the device.
+#pragma once
+
+#include <algorithm>
+
+#include "../launch.hpp"
+#include "block.cuh"
+
+namespace fwp::cuda::recurrent {
+
+// Hands out aligned pieces of a workspace; over a null base it only counts, up to what no machine has.
+class Pieces {
+ public:
+  explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
+  template <class X>
+  X* take(int64_t count) {
+    constexpr size_t kTooMuch = size_t{1} << 60;
+    const size_t at = used_;
+    size_t bytes = 0;
+    if (__builtin_mul_overflow(static_cast<size_t>(count), sizeof(X), &bytes) || bytes > kTooMuch - at)
+      used_ = kTooMuch;
+    else
+      used_ += (bytes + 63) / 64 * 64;
+    return base_ != nullptr ? reinterpret_cast<X*>(base_ + at) : nullptr;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+inline int64_t tiles(const Problem& p) { return std::max<int64_t>(1, (p.V + kColumns - 1) / kColumns); }
+inline int64_t warps(const Problem& p) {
+  return std::min<int64_t>(std::max<int64_t>((p.K + kWarpSize - 1) / kWarpSize, 1), kMostWarps);
+}
+inline int threads(const Problem& p) { return kWarpSize * static_cast<int>(warps(p)); }
+
+// What a block of threads works in: what it has whatever K, which is in shared memory, and after that, or in the
+// workspace, what grows with K.
+template <class T>
+struct Room {
+  int64_t numbers;  // that grow with K
+  size_t fixed;     // bytes
+  bool in_shared;
+
+  // `states` tiles at once, and bytes of what threads share beside Common.
+  Room(const Problem& p, int states, size_t more)
+      : numbers((p.K * (states * kTileRow + kRow<T>) + kQuad<T> - 1) / kQuad<T> * kQuad<T>),
+        fixed(sizeof(Common<T>) + static_cast<size_t>(warps(p)) * sizeof(T[2 * kBlock<T> * kColumns]) + more),
+        in_shared(fixed + static_cast<size_t>(numbers) * sizeof(T) <= most_shared_bytes(p.device)) {}
+
+  size_t shared_bytes() const { return fixed + (in_shared ? static_cast<size_t>(numbers) * sizeof(T) : 0); }
+  int64_t workspace(int64_t blocks) const { return in_shared ? 0 : blocks * numbers; }
+};
+
+// f(Rule, Decay, Place) with values of the types.
+template <class F>
+void with_types(const Problem& p, bool in_shared, const F& f) {
+  const auto with_place = [&](auto rule, auto decay) {
+    in_shared ? f(rule, decay, InShared()) : f(rule, decay, InWorkspace());
+  };
+  const auto with_decay = [&](auto rule) {
+    if (p.decay == fwp::Decay::none) return with_place(rule, NoDecay());
+    if (p.decay == fwp::Decay::scalar) return with_place(rule, ScalarDecay());
+    with_place(rule, ChannelDecay());
+  };
+  p.rule == fwp::Rule::delta ? with_decay(Delta()) : with_decay(Linear());
+}
+// f(number) with one of the type that is computed with.
+template <class F>
+auto with_number(const Problem& p, const F& f) {
+  return accumulation(p.dtype) == DType::f64 ? f(double()) : f(float());
+}
+
+}  // namespace fwp::cuda::recurrent
