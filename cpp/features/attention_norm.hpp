@@ -42,7 +42,7 @@ FWP_HD P divided(P x, T factor, T divisor, bool blind) {
 
 // The read that number m of the square MP belongs to.
 template <int C>
-constexpr int read_of(int m) {
+FWP_HD constexpr int read_of(int m) {
   return m / C > m % C ? m / C : C + m % C;
 }
 
@@ -64,8 +64,8 @@ FWP_HD P gather(P A, const P* kw, P z) {
 //   dz0 = A dz1 + sum_t (ds_t kr_t + dc_t qr_t), of rows as they were
 //
 // ds and dc are one d_sum [2C]. First that of read r, from the sum over the channels <dkr_t, kr_t> or <dqr_t, qr_t>.
-template <bool predicts, int C, class T, class Square>
-FWP_HD T gathered_adjoint(int r, T sum, const Square& MP, const Square& dMP, T divisor, bool blind) {
+template <bool predicts, int C, class T, class Square, class Adjoints>
+FWP_HD T gathered_adjoint(int r, T sum, const Square& MP, const Adjoints& dMP, T divisor, bool blind) {
   const int t = r % C;
   for (int i = 0; i < t && r < C && predicts; ++i) sum += dMP[M_at<C>(t, i)] * MP[M_at<C>(t, i)];
   for (int i = 0; i <= t && r >= C; ++i) sum += dMP[P_at<C>(t, i)] * MP[P_at<C>(t, i)];

@@ -12,11 +12,11 @@
 #pragma once
 
 template <int C>
-constexpr int M_at(int t, int i) {
+FWP_HD constexpr int M_at(int t, int i) {
   return t * C + i;
 }
 template <int C>
-constexpr int P_at(int t, int i) {
+FWP_HD constexpr int P_at(int t, int i) {
   return i * C + t;
 }
 

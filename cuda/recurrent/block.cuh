@@ -21,8 +21,8 @@ namespace fwp::cuda::recurrent {
 template <class T>
 constexpr int kBlock = sizeof(T) == 8 ? 4 : 8;  // C
 constexpr int kColumns = kWarpSize;             // value columns of a tile
-constexpr int kTileRow = kColumns + 1;          // a channel of a tile: its columns, then z; odd, so that channels of one
-                                                // column lie in different banks
+constexpr int kTileRow = kColumns + 1;  // a channel of a tile: its columns, then z; odd, so that channels of one
+                                        // column lie in different banks
 constexpr int kMostWarps = 4;
 template <class T>
 constexpr int kQuad = 16 / static_cast<int>(sizeof(T));  // numbers of the widest access
@@ -162,12 +162,11 @@ template <class T>
 struct alignas(16) Common {
   static constexpr int C = kBlock<T>;
   static constexpr int kSums = C * C + 2 * C;
-  T MP[C * C];        // rules/block.hpp
-  T gathered[2 * C];  // with attention_norm z0 . kr, z0 . qr
+  T MP[kSums];  // [C][C] of rules/block.hpp; then, with attention_norm, z0 . kr, z0 . qr
   T divisor[2 * C];
   int blind[2 * C];
   int fitting[kMostWarps];
-  T sums[kMostWarps][kSums];  // of warps: MP, gathered
+  T sums[kMostWarps][kSums];  // of warps
 };
 
 // The channels of one thread: for each, its own; and the rows of a tile of its warp.
@@ -255,7 +254,8 @@ struct Block {
       FWP_UNROLL for (int t = 0; t < C; ++t) x += kw[t] * u[t];
       Place::store(at, x);
     });
-    if (p.attention_norm) for_channels(p.K, [&](int64_t d) {
+    if (p.attention_norm)
+      for_channels(p.K, [&](int64_t d) {
         T kw[C];
         load_row<Place, C>(rows + d * kRow<T> + 2 * C, kw);
         Place::store(z(S, d), gather<Decay, C>(Decay::decays ? A(d) : T(1), kw, Place::load(z(S, d))));
@@ -288,7 +288,8 @@ struct Block {
     for_rows(p.K, [&](int64_t d) {
       Place::store(tile + d * kTileRow + lane(), from.data && there ? load_global(state + d * from.k + column) : T(0));
     });
-    if (p.attention_norm) for_channels(p.K, [&](int64_t d) {
+    if (p.attention_norm)
+      for_channels(p.K, [&](int64_t d) {
         Place::store(z(tile, d), from.data && with_z ? load_global(state + d * from.k + p.V) : T(0));
       });
     sync_warp();
@@ -296,12 +297,11 @@ struct Block {
   FWP_DEVICE void store_state(const T* tile, const States& to, int64_t slot, bool with_z) const {
     if (!to.data) return;
     T* const state = static_cast<T*>(to.data) + state_at(to, slot, h);
-    if (there) for_rows(p.K, [&](int64_t d) {
-        store_global(state + d * to.k + column, Place::load(tile + d * kTileRow + lane()));
-      });
-    if (with_z && p.attention_norm) for_channels(p.K, [&](int64_t d) {
-        store_global(state + d * to.k + p.V, Place::load(z(tile, d)));
-      });
+    if (there)
+      for_rows(p.K,
+               [&](int64_t d) { store_global(state + d * to.k + column, Place::load(tile + d * kTileRow + lane())); });
+    if (with_z && p.attention_norm)
+      for_channels(p.K, [&](int64_t d) { store_global(state + d * to.k + p.V, Place::load(z(tile, d))); });
   }
 
   // This warp's rows of a tile, as they are, to or from memory of the same shape.
@@ -377,17 +377,18 @@ struct Block {
     for (int m = thread_index(); m < count; m += block_threads()) {
       T sum = load_shared(shared->sums[0] + m);
       for (int w = 1; w < warps(); ++w) sum += load_shared(shared->sums[w] + m);
-      store_shared((m < C * C ? shared->MP : shared->gathered - C * C) + m, sum);
+      store_shared(shared->MP + m, sum);
     }
     return fitting;
   }
 
   // Divides the rows and MP by what attention_norm says. Returns where the block has to end: before any token whose
-  // prediction is 0 because it shares nothing with z. Such a token stands first, where no NaN of the block can reach it.
+  // prediction is 0 because it shares nothing with z. Such a token stands first, where no NaN of the block can reach
+  // it.
   FWP_DEVICE int divide(int n) const {
     sync_block();
     for (int r = thread_index(); r < 2 * C; r += block_threads()) {
-      const T sum = gathered<Rule::predicts, C>(r, load_shared(shared->gathered + r), SharedArray<T>{shared->MP});
+      const T sum = gathered<Rule::predicts, C>(r, load_shared(shared->MP + C * C + r), SharedArray<T>{shared->MP});
       store_shared(shared->divisor + r, sum + static_cast<T>(p.eps));
       store_shared(shared->blind + r, r % C >= n || sum == 0 ? 1 : 0);
     }

@@ -6,9 +6,9 @@ namespace fwp::cuda::recurrent {
 size_t forward_workspace(const Problem& p) {
   return with_number(p, [&](auto number) {
     const ForwardPlan<decltype(number)> plan(p, nullptr, 1);
-    Pieces pieces(nullptr);
-    pieces.take<decltype(number)>(plan.room.workspace(plan.blocks(p)));
-    return pieces.used();
+    Arena arena(nullptr);
+    arena.take<decltype(number)>(plan.room.workspace(plan.blocks(p)));
+    return arena.used();
   });
 }
 

@@ -26,11 +26,11 @@ struct Checkpoints {
   T* data;
   int64_t segment;
 
-  // (first + t) / segment differs among all t > 0 that are multiples of it, of all sequences.
+  // (first + t) / segment differs among all t > 0 that are multiples of it, of all sequences, and is 1 at least.
   FWP_DEVICE T* at(const Problem& p, int64_t first, int64_t t, int64_t h, int64_t tile, int64_t tile_count) const {
-    return data + (((first + t) / segment * p.H + h) * tile_count + tile) * p.K * kTileRow;
+    return data + ((((first + t) / segment - 1) * p.H + h) * tile_count + tile) * p.K * kTileRow;
   }
-  static int64_t slots(int64_t tokens, int64_t segment) { return (tokens - 1) / segment + 1; }
+  static int64_t slots(int64_t tokens, int64_t segment) { return tokens > 0 ? (tokens - 1) / segment : 0; }
 };
 
 // Where sequence n begins among all tokens of the call.
@@ -58,9 +58,15 @@ FWP_DEVICE Block<T, Rule, Decay, Place> block_of(const Problem& p, const Sequenc
                                                  int64_t number, const Room<T>& room, T* workspace) {
   auto* const shared = static_cast<char*>(shared_memory());
   const int64_t column = tile * kColumns + lane();
-  Block<T, Rule, Decay, Place> block{p, s, h, column, column < p.V, reinterpret_cast<Common<T>*>(shared),
+  Block<T, Rule, Decay, Place> block{p,
+                                     s,
+                                     h,
+                                     column,
+                                     column < p.V,
+                                     reinterpret_cast<Common<T>*>(shared),
                                      reinterpret_cast<T*>(shared + sizeof(Common<T>)),
-                                     nullptr, reinterpret_cast<T*>(shared + room.fixed)};
+                                     nullptr,
+                                     reinterpret_cast<T*>(shared + room.fixed)};
   if (!room.in_shared) block.rows = workspace + number * room.numbers;
   block.S = block.rows + p.K * kRow<T>;
   return block;
@@ -73,14 +79,13 @@ FWP_KERNEL void scan_forward(FWP_PARAMETER Problem p, FWP_PARAMETER ForwardPlan<
   const int64_t number = block_index_x(), tile = number % plan.tiles;
   const int64_t h = number / plan.tiles % p.H, n = number / plan.tiles / p.H;
   if (!plan.wanted(p, n, h)) return;
-  const auto block =
-      block_of<T, Rule, Decay, Place>(p, sequence(p, n), h, tile, number, plan.room, plan.workspace);
+  const auto block = block_of<T, Rule, Decay, Place>(p, sequence(p, n), h, tile, number, plan.room, plan.workspace);
   const int64_t length = block.s.length;
   block.load_state(p.h0, n, block.S);
   for (int64_t t = 0; t < length;) {
     if (!outputs && t > 0 && t % plan.checkpoints.segment == 0)
-      block.template copy<Place, InWorkspace>(
-          block.S, plan.checkpoints.at(p, first_token(p, n), t, h, tile, plan.tiles));
+      block.template copy<Place, InWorkspace>(block.S,
+                                              plan.checkpoints.at(p, first_token(p, n), t, h, tile, plan.tiles));
     const int64_t end = length - t < C ? length : (t / C + 1) * C;
     int tokens = static_cast<int>(end - t);
     T v[C], beta[C], e[C], u[C], o[C];
@@ -89,8 +94,7 @@ FWP_KERNEL void scan_forward(FWP_PARAMETER Problem p, FWP_PARAMETER ForwardPlan<
     block.load_beta(t, tokens, beta);
     FWP_UNROLL for (int i = 0; i < C; ++i) v[i] = i < tokens ? v[i] : T(0);
     block.template advance<outputs>(tokens, v, beta, e, u, o);
-    if (outputs && block.there)
-      store_tokens(p.o, block.at(p.o, t) + block.column, p.o.t, tokens, o, warp(), warps());
+    if (outputs && block.there) store_tokens(p.o, block.at(p.o, t) + block.column, p.o.t, tokens, o, warp(), warps());
     t += tokens;
   }
   if constexpr (outputs) block.store_state(block.S, p.hT, n, tile == 0);

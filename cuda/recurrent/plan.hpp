@@ -4,33 +4,13 @@
 
 #include <algorithm>
 
+#include "../../cpp/scan/arena.hpp"
 #include "../launch.hpp"
 #include "block.cuh"
 
 namespace fwp::cuda::recurrent {
 
-// Hands out aligned pieces of a workspace; over a null base it only counts, up to what no machine has.
-class Pieces {
- public:
-  explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
-  template <class X>
-  X* take(int64_t count) {
-    constexpr size_t kTooMuch = size_t{1} << 60;
-    const size_t at = used_;
-    size_t bytes = 0;
-    if (__builtin_mul_overflow(static_cast<size_t>(count), sizeof(X), &bytes) || bytes > kTooMuch - at)
-      used_ = kTooMuch;
-    else
-      used_ += (bytes + 63) / 64 * 64;
-    return base_ != nullptr ? reinterpret_cast<X*>(base_ + at) : nullptr;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
+inline bool packed(const Problem& p) { return p.cu_seqlens != nullptr || p.device_cu_seqlens.data != nullptr; }
 inline int64_t tiles(const Problem& p) { return std::max<int64_t>(1, (p.V + kColumns - 1) / kColumns); }
 inline int64_t warps(const Problem& p) {
   return std::min<int64_t>(std::max<int64_t>((p.K + kWarpSize - 1) / kWarpSize, 1), kMostWarps);
@@ -47,7 +27,7 @@ struct Room {
 
   // `states` tiles at once, and bytes of what threads share beside Common.
   Room(const Problem& p, int states, size_t more)
-      : numbers((p.K * (states * kTileRow + kRow<T>) + kQuad<T> - 1) / kQuad<T> * kQuad<T>),
+      : numbers((p.K * (states * kTileRow + kRow<T>)+kQuad<T> - 1) / kQuad<T> * kQuad<T>),
         fixed(sizeof(Common<T>) + static_cast<size_t>(warps(p)) * sizeof(T[2 * kBlock<T> * kColumns]) + more),
         in_shared(fixed + static_cast<size_t>(numbers) * sizeof(T) <= most_shared_bytes(p.device)) {}
 
