@@ -45,6 +45,7 @@ BackwardPlan<T>::BackwardPlan(const Problem& p, const Cut& of, const int32_t* on
       cut(of),
       tiles(forward.tiles),
       room(p, 2, sizeof(Adjoints<T>)),
+      rows(of.window + of.segment),
       whole(of.window >= tokens(p)) {
   gradients[kQ] = {p.dq, nullptr, p.K, p.K, true};
   gradients[kK] = {p.dk, nullptr, p.K, p.K, true};
@@ -59,7 +60,7 @@ BackwardPlan<T>::BackwardPlan(const Problem& p, const Cut& of, const int32_t* on
     cut.window = tokens(p);
     whole = true;
   }
-  const int64_t size = p.K * kTileRow, all = blocks(p), partial_rows = whole ? tokens(p) : cut.strips * rows();
+  const int64_t size = p.K * kTileRow, all = blocks(p), partial_rows = whole ? tokens(p) : cut.strips * rows;
   for (int f = 0; f < kFields; ++f) {
     Gradient<T>& gradient = gradients[f];
     if ((f == kBeta && p.beta.data == nullptr) || (groups[f] == 1 && (tiles == 1 || !gradient.tiles_share))) continue;
@@ -106,8 +107,8 @@ void backward(const Problem& p, const Cut& cut, void* workspace, const int32_t* 
                   grid(plan.blocks(p)), threads(p), plan.room.shared_bytes(), p, plan, window);
       });
       if (adds)
-        queue.run("add_rows", add_rows<T>, grid(plan.whole ? tokens(p) : plan.cut.strips * plan.rows()), 128, 0, p,
-                  plan, window);
+        queue.run("add_rows", add_rows<T>, grid(plan.whole ? tokens(p) : plan.cut.strips * plan.rows), 128, 0, p, plan,
+                  window);
     }
     if (p.attention_norm && p.dh0.data != nullptr)
       queue.run("add_z", add_z<T>, grid(p.N * p.H), threads(p), 0, p, plan);

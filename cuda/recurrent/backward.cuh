@@ -43,7 +43,8 @@ struct BackwardPlan {
   Cut cut;
   int64_t tiles;
   Room<T> room;
-  bool whole;  // one window holds all tokens: rows of partial sums are those of the call
+  int64_t rows;  // of partial sums per strip: a window ends with the segment that it ends in
+  bool whole;    // one window holds all tokens: rows of partial sums are those of the call
   Gradient<T> gradients[kFields];
   T* workspace;
   T* adjoints;  // [blocks] tiles: D between windows
@@ -54,11 +55,10 @@ struct BackwardPlan {
   BackwardPlan(const Problem& p, const Cut& of, const int32_t* only, Arena& arena);
 
   int64_t blocks(const Problem& p) const { return cut.strips * p.H * tiles; }
-  int64_t rows() const { return cut.window + cut.segment; }  // a window ends with the segment that it ends in
   FWP_DEVICE int64_t first_sequence(const Problem& p, int64_t strip) const { return strip * p.N / cut.strips; }
   // Of token `at` among all of the call, in the window that begins with token `begin`.
   FWP_DEVICE int64_t row(int64_t strip, int64_t at, int64_t begin) const {
-    return whole ? at : strip * rows() + at - begin;
+    return whole ? at : strip * rows + at - begin;
   }
 };
 
@@ -66,53 +66,56 @@ template <class T, class Rule, class Decay, class Place>
 struct Backward {
   static constexpr int C = kBlock<T>;
   using Tile = Block<T, Rule, Decay, Place>;
+  using Index = typename Place::Index;
 
   const Problem& p;
   const BackwardPlan<T>& plan;
   Tile block;
   T* D;  // adjoint of the state after what is to come, [K][kTileRow], Place; dz in its last column
   Adjoints<T>* shared;
-  int64_t tile, width;  // columns of the tile that are there
-  int64_t first_row;    // of partial sums, that of the sequence's first token
+  int64_t tile;
+  int width;          // columns of the tile that are there
+  int64_t first_row;  // of partial sums, that of the sequence's first token
   T* states;
   T* errors;
 
-  // Tokens [t0, end) of the sequence, S being the state before them.
+  // Tokens [t0, end) of the sequence, S being the state before them: forward to the end, and from there C tokens at a
+  // time back, each time from the state before them; gates may cut them into several blocks, the last of which is next.
   FWP_DEVICE void segment(int64_t t0, int64_t end) const {
     const int64_t size = p.K * kTileRow;
-    for (int64_t t = t0; t < end;) {
-      if (t % C == 0) block.template copy<Place, InWorkspace>(block.S, states + (t - t0) / C * size);
-      const int64_t next = end - t < C ? end : (t / C + 1) * C;
-      T e[C];
-      const int n = block.template stage<false>(t, static_cast<int>(next - t));
-      advance(t, n, e);
-      if constexpr (Rule::predicts)
-        FWP_UNROLL for (int i = 0; i < C; ++i) if (i < n && i % warps() == warp())
-            store_global(errors + (t - t0 + i) * kColumns + lane(), e[i]);
-      t += n;
-    }
-    sync_block();
-    for (int64_t last = end; last > t0;) {
-      int64_t t = (last - 1) / C * C;
-      block.template copy<InWorkspace, Place>(states + (t - t0) / C * size, block.S);
-      int n = block.template stage<true>(t, static_cast<int>(last - t));
-      while (t + n < last) {  // gates cut the C tokens into several blocks
-        T e[C];
-        advance(t, n, e);
+    bool forward = true;
+    for (int64_t t = t0, last = end; last > t0;) {
+      T* const state = states + (t - t0) / C * size;
+      T* const e = errors + (t - t0) * kColumns + lane();
+      if (forward && t % C == 0) block.template copy<Place, InWorkspace>(block.S, state);
+      if (!forward && t % C == 0) block.template copy<InWorkspace, Place>(state, block.S);
+      const int64_t next = (t / C + 1) * C;
+      const int n = block.stage(t, static_cast<int>((next < last ? next : last) - t), !forward);
+      if (forward || t + n < last) {
+        advance(t, n, e, forward);
         t += n;
-        n = block.template stage<true>(t, static_cast<int>(last - t));
+      } else {
+        retreat(t, n, e);
+        last = t;
+        t = (last - 1) / C * C;
       }
-      retreat(t, n, errors + (t - t0) * kColumns);
-      last = t;
+      if (forward && t == end) {
+        forward = false;
+        t = (end - 1) / C * C;
+        sync_block();  // errors
+      }
     }
   }
 
  private:
-  FWP_DEVICE void advance(int64_t t, int n, T (&e)[C]) const {
-    T v[C], beta[C], u[C], o[C];
+  FWP_DEVICE void advance(int64_t t, int n, T* e_of_tokens, bool keep) const {
+    T v[C], beta[C], e[C], u[C], o[C];
     block.load_column(p.v, t, n, v);
     block.load_beta(t, n, beta);
     block.template advance<false>(n, v, beta, e, u, o);
+    if (Rule::predicts && keep)
+      FWP_UNROLL for (int i = 0; i < C; ++i) if (i < n && i % warps() == warp())
+          store_global(e_of_tokens + i * kColumns, e[i]);
   }
 
   // The n staged tokens backward: S is the state before them, D the adjoint of that after them, in place that before.
@@ -128,18 +131,17 @@ struct Backward {
 
   // What the value columns have: p and de from Z and do.
   FWP_DEVICE void write_columns(int64_t t, int n, const T* e_of_tokens) const {
-    T d_o[C], e[C], beta[C], Z[C], MP[C * C], write_adjoint[C], de[C], x[4 * C];
+    T d_o[C], e[C], beta[C], Z[C], write_adjoint[C], de[C], x[4 * C];
     block.load_column(p.d_o, t, n, d_o);
     block.load_beta(t, n, beta);
     if constexpr (Rule::predicts) {
-      FWP_UNROLL for (int i = 0; i < C; ++i) e[i] = i < n ? load_global(e_of_tokens + i * kColumns + lane()) : T(0);
+      FWP_UNROLL for (int i = 0; i < C; ++i) e[i] = i < n ? load_global(e_of_tokens + i * kColumns) : T(0);
     } else {
       block.load_column(p.v, t, n, e);
     }
     block.template read<2 * C>(D, Z);
     FWP_UNROLL for (int i = 0; i < C; ++i) d_o[i] = block.blind(C + i) ? T(0) : d_o[i];
-    block.load_MP(MP);
-    block_bwd<Rule, C>(Z, MP, d_o, beta, write_adjoint, de);
+    block_bwd<Rule, C>(Z, SharedArray<T>{block.shared->MP}, d_o, beta, write_adjoint, de);
     FWP_UNROLL for (int i = 0; i < C; ++i) {
       de[i] = i < n ? de[i] : T(0);  // rows beyond the last token must not reach D
       x[i] = Rule::predicts && !block.blind(i) ? -de[i] : T(0);
@@ -159,7 +161,7 @@ struct Backward {
       const bool is_beta = m >= C * C, is_M = a > b;
       const int x = is_beta ? 3 * C + b : is_M ? a : C + b, u = 2 * C + (is_M ? b : a);
       T sum = 0;
-      for (int64_t j = 0; j < width; ++j) {
+      for (int j = 0; j < width; ++j) {
         const T value = load_shared(shared->columns[j] + x);
         sum += is_beta ? value : value * load_shared(shared->columns[j] + u);
       }
@@ -174,13 +176,13 @@ struct Backward {
   // staged rows; D moves on.
   FWP_DEVICE void pass_state(int64_t t, int n) const {
     T shares[2 * C] = {};
-    for_channels(p.K, [&](int64_t d) {
+    for_channels(block.K(), [&](Index d) {
       T row[2 * C], sums[3 * C] = {}, H = 0;
       T* const at = block.rows + d * kRow<T>;
       load_row<Place, 2 * C>(at, row);
       const T A = Decay::decays ? block.A(d) : T(1);
       const bool cleared = clears(t, n, d);
-      for (int64_t j = 0; j < width; ++j) {
+      for (int j = 0; j < width; ++j) {
         const T S = Place::load(block.S + d * kTileRow + j);
         T x = Place::load(D + d * kTileRow + j), column[3 * C];
         load_row<InShared, 3 * C>(shared->columns[j], column);
@@ -229,9 +231,8 @@ struct Backward {
   // dk, dq and dg from the sums over the columns.
   FWP_DEVICE void key_gradients(int64_t t, int n) const {
     const T factor = p.attention_norm ? 1 : static_cast<T>(p.scale);
-    T dMP[C * C], dg_sum[C] = {};
-    load_row<InShared, C * C>(shared->dMP, dMP);
-    for_channels(p.K, [&](int64_t d) {
+    T dg_sum[C] = {};
+    for_channels(block.K(), [&](Index d) {
       T k[C], q[C], a[C] = {}, sums[3 * C], dk[C], dq[C], dg[C], H = 0;
       load_tokens(p.k, block.at(p.k, t) + d, p.k.t, n, k);
       load_tokens(p.q, block.at(p.q, t) + d, p.q.t, n, q);
@@ -245,19 +246,20 @@ struct Backward {
       load_row<Place, 3 * C>(block.rows + d * kRow<T>, sums);
       FWP_UNROLL for (int i = 0; i < 3 * C; ++i) sums[i] = i % C < n ? sums[i] : T(0);
       if (p.attention_norm) undo_division(n, d, k, q, a, sums, H, cleared);
-      decay_block_bwd<Decay, Rule::predicts, C>(k, q, a, sums, sums + C, sums + 2 * C, dMP, H, dk, dq, dg);
+      decay_block_bwd<Decay, Rule::predicts, C>(k, q, a, sums, sums + C, sums + 2 * C, SharedArray<T>{shared->dMP}, H,
+                                                dk, dq, dg);
       FWP_UNROLL for (int i = 0; i < C; ++i) dq[i] *= factor;
       put(kQ, t, n, d, dq);
       put(kK, t, n, d, dk);
       if constexpr (Decay::decays) {
         dg[0] = cleared ? T(0) : dg[0];
-        if constexpr (Decay::per_channel)
+        if (block.per_channel())
           put(kG, t, n, d, dg);
         else
           FWP_UNROLL for (int i = 0; i < C; ++i) dg_sum[i] += dg[i];
       }
     });
-    if constexpr (Decay::decays && !Decay::per_channel) {
+    if (Decay::decays && !block.per_channel()) {
       sum_lanes<C>(dg_sum, [&](int i, T sum) { store_shared(shared->sums[warp()] + i, sum); });
       sync_block();
       for (int i = thread_index(); i < n; i += block_threads()) {
@@ -269,7 +271,7 @@ struct Backward {
   }
 
   // The same for one channel, and dz moves on.
-  FWP_DEVICE void undo_division(int n, int64_t d, const T (&k)[C], const T (&q)[C], const T (&a)[C], T (&sums)[3 * C],
+  FWP_DEVICE void undo_division(int n, Index d, const T (&k)[C], const T (&q)[C], const T (&a)[C], T (&sums)[3 * C],
                                 T& H, bool cleared) const {
     T divisor[2 * C], d_sum[2 * C];
     bool blind[2 * C];
@@ -283,7 +285,7 @@ struct Backward {
   }
 
   // Whether the first of n staged tokens clears channel d: it stands alone then.
-  FWP_DEVICE bool clears(int64_t t, int n, int64_t d) const {
+  FWP_DEVICE bool clears(int64_t t, int n, Index d) const {
     if constexpr (!Decay::decays) return false;
     if (n != 1) return false;
     T g[C];
@@ -350,7 +352,7 @@ FWP_KERNEL void scan_backward(FWP_PARAMETER Problem p, FWP_PARAMETER BackwardPla
                                       D,
                                       shared,
                                       tile,
-                                      columns < kColumns ? columns : kColumns,
+                                      static_cast<int>(columns < kColumns ? columns : kColumns),
                                       plan.row(strip, begins, begin),
                                       plan.states + number * (segment / C) * size,
                                       plan.errors + number * segment * kColumns}
@@ -360,7 +362,7 @@ FWP_KERNEL void scan_backward(FWP_PARAMETER Problem p, FWP_PARAMETER BackwardPla
       if (i > 0) continue;
       block.store_state(D, p.dh0, n, false);
       if (p.attention_norm)
-        for_channels(p.K, [&](int64_t d) {
+        for_channels(block.K(), [&](typename Place::Index d) {
           store_global(plan.dz + ((n * p.H + h) * plan.tiles + tile) * p.K + d, Place::load(block.z(D, d)));
         });
       sync_warp();
@@ -387,9 +389,9 @@ FWP_KERNEL void add_rows(FWP_PARAMETER Problem p, FWP_PARAMETER BackwardPlan<T> 
   const int64_t row = block_index_x();
   int64_t token = row;
   if (!plan.whole) {
-    const int64_t strip = row / plan.rows();
+    const int64_t strip = row / plan.rows;
     const int64_t begin = first_token(p, plan.first_sequence(p, strip)) + window * plan.cut.window;
-    token = begin + row % plan.rows();
+    token = begin + row % plan.rows;
     if (token >= first_token(p, plan.first_sequence(p, strip + 1))) return;
     const int64_t begins = first_token(p, sequence_of(p, token));
     const int64_t segment = begins + (token - begins) / plan.cut.segment * plan.cut.segment;

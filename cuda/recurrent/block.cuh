@@ -30,6 +30,8 @@ template <class T>
 constexpr int kRow = 3 * kBlock<T> + kQuad<T>;  // a channel of the staged rows: kr, qr, kw [C] each, then A
 
 struct InShared {
+  static constexpr bool shared = true;
+  using Index = int;  // of channels
   template <class X>
   FWP_DEVICE static X load(const X* p) {
     return load_shared(p);
@@ -40,6 +42,8 @@ struct InShared {
   }
 };
 struct InWorkspace {
+  static constexpr bool shared = false;
+  using Index = int64_t;
   template <class X>
   FWP_DEVICE static X load(const X* p) {
     return load_global(p);
@@ -96,12 +100,18 @@ FWP_DEVICE void with_stored(DType dtype, const F& f) {
   }
 }
 
-// Numbers of C tokens, `step` apart: n of them, zeros for the others.
+// Numbers of C tokens, `step` apart: n of them, zeros for the others. No branches: in place of those, the first is
+// read.
 template <class T, int C>
 FWP_DEVICE void load_tokens(const Rows& rows, int64_t at, int64_t step, int n, T (&x)[C]) {
+  FWP_UNROLL for (int t = 0; t < C; ++t) x[t] = 0;
+  if (n <= 0) return;
   with_stored<T>(rows.dtype, [&](auto type) {
     const auto* const from = static_cast<const decltype(type)*>(rows.data) + at;
-    FWP_UNROLL for (int t = 0; t < C; ++t) x[t] = t < n ? static_cast<T>(widened(load_global(from + t * step))) : T(0);
+    FWP_UNROLL for (int t = 0; t < C; ++t) {
+      const auto y = widened(load_global(from + (t < n ? t * step : 0)));
+      x[t] = t < n ? static_cast<T>(y) : T(0);
+    }
   });
 }
 // Numbers of n tokens; those which are this warp's part where all warps have them.
@@ -170,21 +180,23 @@ struct alignas(16) Common {
 };
 
 // The channels of one thread: for each, its own; and the rows of a tile of its warp.
-template <class F>
-FWP_DEVICE void for_channels(int64_t K, const F& f) {
-  for (int64_t d = thread_index(); d < K; d += block_threads()) f(d);
+template <class Index, class F>
+FWP_DEVICE void for_channels(Index K, const F& f) {
+  for (Index d = thread_index(); d < K; d += block_threads()) f(d);
 }
-template <class F>
-FWP_DEVICE void for_rows(int64_t K, const F& f) {
-  for (int64_t first = warp() * kWarpSize; first < K; first += block_threads()) {
-    const int64_t end = K - first < kWarpSize ? K : first + kWarpSize;
-    for (int64_t d = first; d < end; ++d) f(d);
+template <class Index, class F>
+FWP_DEVICE void for_rows(Index K, const F& f) {
+  for (Index first = warp() * kWarpSize; first < K; first += block_threads()) {
+    const Index end = K - first < kWarpSize ? K : first + kWarpSize;
+    for (Index d = first; d < end; ++d) f(d);
   }
 }
 
 template <class T, class Rule, class Decay, class Place>
 struct Block {
   static constexpr int C = kBlock<T>;
+
+  using Index = typename Place::Index;
 
   const Problem& p;
   Sequence s;
@@ -195,14 +207,14 @@ struct Block {
   T* S;     // [K][kTileRow], Place
   T* rows;  // [K][kRow], Place
 
+  FWP_DEVICE Index K() const { return static_cast<Index>(p.K); }
   FWP_DEVICE int64_t at(const Rows& of, int64_t t) const { return row_at(of, s, t, h); }
 
   // Stages the tokens from t on, n of them or fewer, for the state S before them; returns how many. Every thread has
   // the rows of its channels then, and, after the next barrier, MP. queries: false where nothing is read.
-  template <bool queries>
-  FWP_DEVICE int stage(int64_t t, int n) const {
+  FWP_DEVICE int stage(int64_t t, int n, bool queries) const {
     for (;;) {
-      int whole = multiply<queries>(t, n);
+      int whole = multiply(t, n, queries);
       whole = whole > 1 ? whole : 1;
       if (whole == n && p.attention_norm) whole = divide(n);
       if (whole == n) break;
@@ -229,7 +241,7 @@ struct Block {
   template <int first, int count>
   FWP_DEVICE void read(const T* tile, T (&out)[count]) const {
     T sum[count] = {};
-    for_rows(p.K, [&](int64_t d) {
+    for_rows(K(), [&](Index d) {
       const T x = Place::load(tile + d * kTileRow + lane());
       T row[count];
       load_row<Place, count>(rows + d * kRow<T> + first, row);
@@ -246,7 +258,7 @@ struct Block {
   // S and z after the n staged tokens, from what they write in this thread's column.
   FWP_DEVICE void write(int n, T (&u)[C]) const {
     FWP_UNROLL for (int t = 0; t < C; ++t) u[t] = t < n ? u[t] : T(0);
-    for_rows(p.K, [&](int64_t d) {
+    for_rows(K(), [&](Index d) {
       T* const at = S + d * kTileRow + lane();
       T x = Place::load(at), kw[C];
       load_row<Place, C>(rows + d * kRow<T> + 2 * C, kw);
@@ -255,7 +267,7 @@ struct Block {
       Place::store(at, x);
     });
     if (p.attention_norm)
-      for_channels(p.K, [&](int64_t d) {
+      for_channels(K(), [&](Index d) {
         T kw[C];
         load_row<Place, C>(rows + d * kRow<T> + 2 * C, kw);
         Place::store(z(S, d), gather<Decay, C>(Decay::decays ? A(d) : T(1), kw, Place::load(z(S, d))));
@@ -285,11 +297,11 @@ struct Block {
   // This warp's rows of a state of the caller's, or zeros.
   FWP_DEVICE void load_state(const States& from, int64_t slot, T* tile, bool with_z = true) const {
     const T* const state = static_cast<const T*>(from.data) + (from.data ? state_at(from, slot, h) : 0);
-    for_rows(p.K, [&](int64_t d) {
+    for_rows(K(), [&](Index d) {
       Place::store(tile + d * kTileRow + lane(), from.data && there ? load_global(state + d * from.k + column) : T(0));
     });
     if (p.attention_norm)
-      for_channels(p.K, [&](int64_t d) {
+      for_channels(K(), [&](Index d) {
         Place::store(z(tile, d), from.data && with_z ? load_global(state + d * from.k + p.V) : T(0));
       });
     sync_warp();
@@ -298,41 +310,43 @@ struct Block {
     if (!to.data) return;
     T* const state = static_cast<T*>(to.data) + state_at(to, slot, h);
     if (there)
-      for_rows(p.K,
-               [&](int64_t d) { store_global(state + d * to.k + column, Place::load(tile + d * kTileRow + lane())); });
+      for_rows(K(),
+               [&](Index d) { store_global(state + d * to.k + column, Place::load(tile + d * kTileRow + lane())); });
     if (with_z && p.attention_norm)
-      for_channels(p.K, [&](int64_t d) { store_global(state + d * to.k + p.V, Place::load(z(tile, d))); });
+      for_channels(K(), [&](Index d) { store_global(state + d * to.k + p.V, Place::load(z(tile, d))); });
   }
 
   // This warp's rows of a tile, as they are, to or from memory of the same shape.
   template <class From, class To>
   FWP_DEVICE void copy(const T* from, T* to) const {
-    for (int64_t first = warp() * kWarpSize; first < p.K; first += block_threads()) {
-      const int64_t end = (p.K - first < kWarpSize ? p.K : first + kWarpSize) * kTileRow;
-      for (int64_t i = first * kTileRow + lane(); i < end; i += kWarpSize) To::store(to + i, From::load(from + i));
+    for (Index first = warp() * kWarpSize; first < K(); first += block_threads()) {
+      const Index end = (K() - first < kWarpSize ? K() : first + kWarpSize) * kTileRow;
+      for (Index i = first * kTileRow + lane(); i < end; i += kWarpSize) To::store(to + i, From::load(from + i));
     }
     sync_warp();
   }
 
-  FWP_DEVICE static T* z(T* tile, int64_t d) { return tile + d * kTileRow + kColumns; }
-  FWP_DEVICE static const T* z(const T* tile, int64_t d) { return tile + d * kTileRow + kColumns; }
-  FWP_DEVICE T A(int64_t d) const { return Place::load(rows + d * kRow<T> + 3 * C); }
+  FWP_DEVICE static T* z(T* tile, Index d) { return tile + d * kTileRow + kColumns; }
+  FWP_DEVICE static const T* z(const T* tile, Index d) { return tile + d * kTileRow + kColumns; }
+  FWP_DEVICE T A(Index d) const { return Place::load(rows + d * kRow<T> + 3 * C); }
 
-  // Decays of the n tokens from t on, of channel d.
-  FWP_DEVICE void load_gates(int64_t t, int n, int64_t d, T (&g)[C]) const {
-    load_tokens(p.g, at(p.g, t) + (Decay::per_channel ? d : 0), p.g.t, n, g);
+  // Whether gates are those of channels. In the workspace one kernel serves all decays: others are the same in all.
+  FWP_DEVICE bool per_channel() const { return Place::shared ? Decay::per_channel : p.decay == fwp::Decay::channel; }
+  // Gates of the n tokens from t on, of channel d.
+  FWP_DEVICE void load_gates(int64_t t, int n, Index d, T (&g)[C]) const {
+    const bool none = !Place::shared && p.decay == fwp::Decay::none;
+    load_tokens(p.g, at(p.g, t) + (per_channel() ? d : 0), p.g.t, none ? 0 : n, g);
   }
 
  private:
   // The rows of n tokens and the sums over all channels. Returns how many tokens the gates let into the block; where it
   // is less than n, what was made is of no use.
-  template <bool queries>
-  FWP_DEVICE int multiply(int64_t t, int n) const {
+  FWP_DEVICE int multiply(int64_t t, int n, bool queries) const {
     const T factor = p.attention_norm ? 1 : static_cast<T>(p.scale);
-    T x[Common<T>::kSums] = {}, a[C] = {};
+    T x[C * C] = {}, a[C] = {};
     int fitting = n;
     bool clears = false;
-    const auto decay = [&](int64_t d) {
+    const auto decay = [&](Index d) {
       load_gates(t, n, d, a);
       const int tokens = in_range(a, n);
       fitting = tokens < fitting ? tokens : fitting;
@@ -340,12 +354,12 @@ struct Block {
       FWP_UNROLL for (int i = 0; i < C; ++i) a[i] = exponential(a[i]);
     };
     if constexpr (Decay::decays && !Decay::per_channel) decay(0);
-    for_channels(p.K, [&](int64_t d) {
+    for_channels(K(), [&](Index d) {
       if constexpr (Decay::per_channel) decay(d);
       if (clears) clear(S, d);
       T k[C], q[C] = {}, A_d{}, row[3 * C];
       load_tokens(p.k, at(p.k, t) + d, p.k.t, n, k);
-      if constexpr (queries) {
+      if (queries) {
         load_tokens(p.q, at(p.q, t) + d, p.q.t, n, q);
         FWP_UNROLL for (int i = 0; i < C; ++i) q[i] *= factor;
       }
@@ -353,13 +367,20 @@ struct Block {
       T* const to = rows + d * kRow<T>;
       store_row<Place, 3 * C>(to, row);
       if constexpr (Decay::decays) Place::store(to + 3 * C, A_d);
-      if (p.attention_norm) add_gathered<Rule::predicts, C>(row, Place::load(z(S, d)), x + C * C);
     });
 
     T* const sums = shared->sums[warp()];
     const auto put = [&](int i, T sum) { store_shared(sums + i, sum); };
     sum_lanes<C * C>(x, put);
-    if (p.attention_norm) sum_lanes<2 * C>(x + C * C, put, C * C);
+    if (p.attention_norm) {
+      T of_z[2 * C] = {};
+      for_channels(K(), [&](Index d) {
+        T row[2 * C];
+        load_row<Place, 2 * C>(rows + d * kRow<T>, row);
+        add_gathered<Rule::predicts, C>(row, Place::load(z(S, d)), of_z);
+      });
+      sum_lanes<2 * C>(of_z, put, C * C);
+    }
     if constexpr (Decay::per_channel) {
       for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
         const int other = shuffle_xor(fitting, mask);
@@ -399,7 +420,7 @@ struct Block {
     const auto divide_one = [&](int r, T x) {
       return divided(x, r < C ? T(1) : scale, load_shared(shared->divisor + r), blind(r));
     };
-    for_channels(p.K, [&](int64_t d) {
+    for_channels(K(), [&](Index d) {
       T row[2 * C], *const at = rows + d * kRow<T>;
       load_row<Place, 2 * C>(at, row);
       FWP_UNROLL for (int r = Rule::predicts ? 0 : C; r < 2 * C; ++r) row[r] = divide_one(r, row[r]);
@@ -411,7 +432,7 @@ struct Block {
   }
 
   // Clears a channel of a tile, by selection: of what was there nothing survives, not even NaN.
-  FWP_DEVICE static void clear(T* tile, int64_t d) {
+  FWP_DEVICE static void clear(T* tile, Index d) {
     for (int j = 0; j < kTileRow; ++j) Place::store(tile + d * kTileRow + j, T(0));
   }
 };

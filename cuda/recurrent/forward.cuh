@@ -57,19 +57,15 @@ template <class T, class Rule, class Decay, class Place>
 FWP_DEVICE Block<T, Rule, Decay, Place> block_of(const Problem& p, const Sequence& s, int64_t h, int64_t tile,
                                                  int64_t number, const Room<T>& room, T* workspace) {
   auto* const shared = static_cast<char*>(shared_memory());
+  auto* const common = reinterpret_cast<Common<T>*>(shared);
+  auto* const sums = reinterpret_cast<T*>(shared + sizeof(Common<T>));
+  T* rows;
+  if constexpr (Place::shared)
+    rows = reinterpret_cast<T*>(shared + room.fixed);
+  else
+    rows = workspace + number * room.numbers;
   const int64_t column = tile * kColumns + lane();
-  Block<T, Rule, Decay, Place> block{p,
-                                     s,
-                                     h,
-                                     column,
-                                     column < p.V,
-                                     reinterpret_cast<Common<T>*>(shared),
-                                     reinterpret_cast<T*>(shared + sizeof(Common<T>)),
-                                     nullptr,
-                                     reinterpret_cast<T*>(shared + room.fixed)};
-  if (!room.in_shared) block.rows = workspace + number * room.numbers;
-  block.S = block.rows + p.K * kRow<T>;
-  return block;
+  return {p, s, h, column, column < p.V, common, sums, rows + p.K * kRow<T>, rows};
 }
 
 // outputs: o and hT; else checkpoints.
@@ -90,7 +86,7 @@ FWP_KERNEL void scan_forward(FWP_PARAMETER Problem p, FWP_PARAMETER ForwardPlan<
     int tokens = static_cast<int>(end - t);
     T v[C], beta[C], e[C], u[C], o[C];
     block.load_column(p.v, t, tokens, v);
-    tokens = block.template stage<outputs>(t, tokens);
+    tokens = block.stage(t, tokens, outputs);
     block.load_beta(t, tokens, beta);
     FWP_UNROLL for (int i = 0; i < C; ++i) v[i] = i < tokens ? v[i] : T(0);
     block.template advance<outputs>(tokens, v, beta, e, u, o);

@@ -35,16 +35,14 @@ struct Room {
   int64_t workspace(int64_t blocks) const { return in_shared ? 0 : blocks * numbers; }
 };
 
-// f(Rule, Decay, Place) with values of the types.
+// f(Rule, Decay, Place) with values of the types. In the workspace one kernel serves all decays.
 template <class F>
 void with_types(const Problem& p, bool in_shared, const F& f) {
-  const auto with_place = [&](auto rule, auto decay) {
-    in_shared ? f(rule, decay, InShared()) : f(rule, decay, InWorkspace());
-  };
   const auto with_decay = [&](auto rule) {
-    if (p.decay == fwp::Decay::none) return with_place(rule, NoDecay());
-    if (p.decay == fwp::Decay::scalar) return with_place(rule, ScalarDecay());
-    with_place(rule, ChannelDecay());
+    if (!in_shared) return f(rule, ChannelDecay(), InWorkspace());
+    if (p.decay == fwp::Decay::none) return f(rule, NoDecay(), InShared());
+    if (p.decay == fwp::Decay::scalar) return f(rule, ScalarDecay(), InShared());
+    f(rule, ChannelDecay(), InShared());
   };
   p.rule == fwp::Rule::delta ? with_decay(Delta()) : with_decay(Linear());
 }
