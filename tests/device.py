@@ -11,8 +11,8 @@ DEVICE = (CUDA, 0)
 STREAM = 0x5EED  # that the work of the frameworks is put on, where they have a say
 
 
-def memory(tensor):
-    """The NumPy array over the memory of a DLTensor."""
+def memory(tensor, owner):
+    """The NumPy array over the memory of a DLTensor, which this owner keeps."""
     dtypes = {INT: f"i{tensor.bits // 8}", UINT: f"u{tensor.bits // 8}", FLOAT: f"f{tensor.bits // 8}"}
     dtype = np.dtype(ml_dtypes.bfloat16 if tensor.code == BFLOAT else dtypes[tensor.code])
     shape = tensor.shape[: tensor.ndim]
@@ -21,14 +21,14 @@ def memory(tensor):
     strides = [dtype.itemsize * stride for stride in tensor.strides[: tensor.ndim]]
     size = dtype.itemsize + sum(stride * (n - 1) for n, stride in zip(shape, strides, strict=True))
     data = (ctypes.c_uint8 * size).from_address(tensor.data + tensor.byte_offset)
+    data.owner = owner
     return as_strided(np.frombuffer(data, dtype, 1), shape, strides)
 
 
 class _Array(Producer):
-    def __init__(self, x, keeps=None, **fields):
+    def __init__(self, x, **fields):
         super().__init__(x, **{"device": DEVICE, **fields})
         self.shape, self.dtype = x.shape, x.dtype
-        self.keeps = keeps  # what the memory is of
 
     def __setitem__(self, place, value):
         self.x[place] = value.x
@@ -37,8 +37,8 @@ class _Array(Producer):
 class DeviceArray(_Array):
     """An array that speaks DLPack, and whose namespace takes arrays over."""
 
-    def __init__(self, *args, **fields):
-        super().__init__(*args, **fields)
+    def __init__(self, x, **fields):
+        super().__init__(x, **fields)
         self.streams = []  # that consumers have asked for
 
     def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
@@ -56,7 +56,7 @@ class Namespace:
     def from_dlpack(x):
         assert x.__dlpack_device__() == DEVICE
         capsule = x.__dlpack__(stream=STREAM, max_version=(1, 0))
-        return DeviceArray(memory(read(capsule).tensor), keeps=capsule)
+        return DeviceArray(memory(read(capsule).tensor, capsule))
 
     @staticmethod
     def asarray(x, copy):
@@ -115,8 +115,8 @@ def _managed_from_object(x, out):
 @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.POINTER(Versioned), _ADDRESS)
 def _object_from_managed(managed, out):
     tensor = managed.contents.tensor
-    keeps = _alive.pop(ctypes.addressof(managed.contents))
-    made = ExchangeArray(memory(tensor), keeps, device=tuple(tensor.device))
+    owner = _alive.pop(ctypes.addressof(managed.contents))
+    made = ExchangeArray(memory(tensor, owner), device=tuple(tensor.device))
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
     out[0] = id(made)
     return 0
