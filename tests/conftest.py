@@ -1,4 +1,4 @@
-"""Profiles of property tests, fixtures for instruction set levels and emulated devices, required frameworks."""
+"""Profiles of property tests, fixtures for instruction set levels and an emulated device, needed frameworks."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def emulated():
     """Skip the test where the CUDA back end is not that of the emulator, whose device memory is the host's."""
     state = fwp.show_config("dict")["cuda"]
     if state != "emulated":
-        pytest.skip(f"CUDA is not emulated but {state}; FWP_CUDA_PLUGIN names a plugin, as preset emulate builds one")
+        pytest.skip(f"CUDA is not emulated but {state}; FWP_CUDA_PLUGIN can name a plugin that is")
 
 
 # What tests say that skip because a package is absent, or too old.

@@ -1,4 +1,4 @@
-"""Arrays on the emulator's CUDA device, whose memory is the host's: frameworks that are made up, over NumPy arrays."""
+"""Arrays of made-up frameworks on the emulator's CUDA device, whose memory is the host's, NumPy's here."""
 
 import ctypes
 
@@ -135,7 +135,13 @@ def _current_work_stream(kind, number, out):
     return 0
 
 
-_functions = (_allocate, _managed_from_object, _object_from_managed, _borrow_from_object, _current_work_stream)
+_functions = (
+    _allocate,
+    _managed_from_object,
+    _object_from_managed,
+    _borrow_from_object,
+    _current_work_stream,
+)
 _NAME = b"dlpack_exchange_api"  # which capsules do not copy
 _exchange = Exchange((1, 3), None, *(ctypes.cast(function, ctypes.c_void_p) for function in _functions))
 

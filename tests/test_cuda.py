@@ -1,4 +1,4 @@
-"""Arrays of a CUDA device, through every door there is without a GPU: the emulator's, whose memory is the host's."""
+"""Arrays of a CUDA device through every door that opens without a GPU: the emulator's device, host memory."""
 
 import copy
 import ctypes
@@ -24,7 +24,6 @@ from cases import (
     make_case,
     scan,
     state_dtype,
-    step,
     steps,
     vjp,
 )
@@ -34,6 +33,7 @@ from producers import CPU, CUDA, CUDA_MANAGED, IS_COPIED, READ_ONLY, capsule_nam
 from strategies import LAYOUTS, strided_last_axis
 from tolerances import DEVICE as TOLERANCE
 from tolerances import assert_bits_equal, relative_error
+from xla_frames import Runtime
 
 import fwp_core as fwp
 from fwp_core import _core
@@ -165,11 +165,7 @@ def test_steps(framework, rule, dtype):
 
 
 def per_token(case):
-    return {
-        name: x
-        for name in ("q", "k", "v", "beta", "g")
-        if (x := getattr(case, name)) is not None
-    }
+    return {name: x for name in ("q", "k", "v", "beta", "g") if (x := getattr(case, name)) is not None}
 
 
 @pytest.mark.parametrize("integer", [np.int32, np.int64])
@@ -318,7 +314,9 @@ class Unable(DeviceArray):
 def test_a_framework_that_cannot_copy():
     case = make_case("linear", **SMALL)
     strided = case.but(k=strided_last_axis(case.k)).map(Unable)
-    with pytest.raises(fwp.UnsupportedError, match="^k: expected an array that need not be copied, got one of type"):
+    with pytest.raises(
+        fwp.UnsupportedError, match="^k: expected an array that need not be copied, got one of type"
+    ):
         scan(strided)
 
 
@@ -342,7 +340,9 @@ def test_array_face():
 def test_array_is_not_read_by_numpy():
     o = own()
     for convert in (np.asarray, np.array):
-        with pytest.raises(fwp.DeviceError, match="^array: expected memory of the CPU, .* got memory of cuda:0"):
+        with pytest.raises(
+            fwp.DeviceError, match="^array: expected memory of the CPU, .* got memory of cuda:0"
+        ):
             convert(o)
     with pytest.raises((BufferError, RuntimeError)):
         np.from_dlpack(o)
@@ -369,7 +369,9 @@ def test_array_exports(stream, version, name, copy):
 def test_array_refuses_other_devices_and_streams():
     o = own()
     for stream in (0, -2):
-        with pytest.raises(ValueError, match="^stream: expected None, -1, 1, 2 or the address of a CUDA stream, got"):
+        with pytest.raises(
+            ValueError, match="^stream: expected None, -1, 1, 2 or the address of a CUDA stream, got"
+        ):
             o.__dlpack__(stream=stream)
     for device, words in (((CPU, 0), "cpu:0"), ((CUDA, 1), "cuda:1")):
         with pytest.raises(BufferError, match=rf"^dl_device: expected cuda:0, \(2, 0\), got {words}"):
@@ -460,9 +462,13 @@ def test_arrays_of_two_devices_are_refused(framework):
             ):
                 scan(mixed)
     here = case.map(lambda x: framework(x, device=(CPU, 0)))
-    with pytest.raises(fwp.DeviceError, match=r"^k: expected a tensor on the CPU, as q is, got one on cuda:0$"):
+    with pytest.raises(
+        fwp.DeviceError, match=r"^k: expected a tensor on the CPU, as q is, got one on cuda:0$"
+    ):
         scan(here.but(k=there.k))
-    with pytest.raises(fwp.DeviceError, match=r"^out: expected a tensor on cuda:0, as q is, got one on the CPU$"):
+    with pytest.raises(
+        fwp.DeviceError, match=r"^out: expected a tensor on cuda:0, as q is, got one on the CPU$"
+    ):
         scan(there, out=framework(np.empty_like(case.v), device=(CPU, 0)))
 
 
@@ -473,24 +479,34 @@ def test_integers_of_a_device_are_for_arrays_there(framework):
     ):
         scan(case.but(cu_seqlens=framework(case.cu_seqlens)))
     for dtype in (np.int16, np.uint64):
-        with pytest.raises(fwp.DTypeError, match="^cu_seqlens: expected int32 or int64 on a device, got u?int"):
+        with pytest.raises(
+            fwp.DTypeError, match="^cu_seqlens: expected int32 or int64 on a device, got u?int"
+        ):
             scan(moved(case, framework).but(cu_seqlens=framework(case.cu_seqlens.astype(dtype))))
 
 
 def test_frameworks_are_not_mixed(framework):
     case = make_case("linear", **SMALL)
     there = moved(case, framework)
-    with pytest.raises(fwp.DTypeError, match=r"^k: expected an array of type device\..*, as q is, got numpy.ndarray"):
+    with pytest.raises(
+        fwp.DTypeError, match=r"^k: expected an array of type device\..*, as q is, got numpy.ndarray"
+    ):
         scan(there.but(k=case.k))
-    with pytest.raises(fwp.DTypeError, match=r"^k: expected an array of type numpy.ndarray, as q is, got device"):
+    with pytest.raises(
+        fwp.DTypeError, match=r"^k: expected an array of type numpy.ndarray, as q is, got device"
+    ):
         scan(case.but(k=there.k))
 
 
 def test_a_projection_is_where_the_arrays_are(framework):
     x, projection = np.ones((3, 4), np.float32), np.ones((5, 4), np.float32)
-    with pytest.raises(fwp.DeviceError, match="^projection: expected a tensor on cuda:0, as x is, got one on the CPU"):
+    with pytest.raises(
+        fwp.DeviceError, match="^projection: expected a tensor on cuda:0, as x is, got one on the CPU"
+    ):
         fwp.feature_maps.FAVOR(projection)(framework(x))
-    with pytest.raises(fwp.DeviceError, match="^projection: expected a tensor on the CPU, as x is, got one on cuda:0"):
+    with pytest.raises(
+        fwp.DeviceError, match="^projection: expected a tensor on the CPU, as x is, got one on cuda:0"
+    ):
         fwp.feature_maps.FAVOR(framework(projection))(x)
     with pytest.raises(fwp.DTypeError, match="^projection: expected dtype float32 or float64, got"):
         fwp.feature_maps.FAVOR(framework(projection.astype(np.float16)))
@@ -571,3 +587,105 @@ def test_without_a_back_end(tmp_path):
 def test_the_state_of_an_emulated_device():
     assert fwp.show_config("dict")["cuda"] == "emulated"
     assert fwp.has_cuda() is False
+
+
+# ---- XLA's custom calls ----
+
+# Positions in the masks of python/xla.cpp.
+OPERAND = {"q": 0, "k": 1, "v": 2, "beta": 3, "g": 4, "initial_state": 5, "cu_seqlens": 6, "state_indices": 7}
+OPERAND |= {"projection": 8, "state": 9, "do": 10, "dfinal_state": 11}
+RESULT = {"o": 0, "final_state": 1} | {
+    name: 4 + i for i, name in enumerate(("dq", "dk", "dv", "dbeta", "dg"))
+}
+
+
+def xla(runtime, function, operands, results, **options):
+    """Call a handler with arrays by name; returns its error."""
+    settings = {"map": 0, "nu": 0, "qk_norm": 0, "map_eps": 0.0, "eps": 1e-6, "scale": 1.0}
+    settings |= {"attention_norm": False, "rank": operands["q"].ndim}
+    settings["operands"] = sum(1 << OPERAND[name] for name in operands)
+    settings["results"] = sum(1 << RESULT[name] for name in results)
+    ordered = [
+        [arrays[name] for name in places if name in arrays]
+        for arrays, places in ((operands, OPERAND), (results, RESULT))
+    ]
+    return runtime.call(function, *ordered, settings | options)
+
+
+def inputs_of(case):
+    names = ("q", "k", "v", "beta", "g", "initial_state")
+    return {name: x for name in names if (x := getattr(case, name)) is not None}
+
+
+@EVERY_DTYPE
+@EVERY_RULE
+def test_xla_scans_and_gradients(rule, dtype):
+    case = make_case(rule, "scalar", dtype=dtype, state=False, **SMALL)
+    name, runtime = SCAN[rule].__name__, Runtime()
+    exact = exact_scan(case)
+    o, state = np.full(exact[0].shape, np.nan, dtype), np.full(exact[1].shape, np.nan, case.state_dtype)
+    assert xla(runtime, name, inputs_of(case), {"o": o, "final_state": state}) is None
+    assert runtime.most <= 1
+    for x, y in zip((o, state), exact, strict=True):
+        assert relative_error(x, y, floor=1.0) < TOLERANCE[x.dtype.name]
+    exact = exact_gradients(case)
+    names = ("q", "k", "v", "beta", "g")
+    made = {f"d{name}": np.full_like(getattr(case, name), np.nan) for name in names}
+    assert xla(runtime, f"{name}_backward", inputs_of(case) | {"do": case.do}, made) is None
+    for name, x in made.items():
+        assert relative_error(x, getattr(exact, name), floor=1.0) < TOLERANCE[x.dtype.name], name
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_xla_steps(in_place):
+    case = make_case("delta", B=2, T=2, K=8, V=8)
+    before, o = case.first_state(), np.full_like(case.do, np.nan)
+    after = before if in_place else np.full_like(before, np.nan)
+    exact = exact_scan(case)
+    operands = {name: x for name, x in inputs_of(case).items() if name != "initial_state"} | {"state": before}
+    assert xla(Runtime(), "delta_rule_step", operands, {"o": o, "final_state": after}) is None
+    for x, y in zip((o, after), exact, strict=True):
+        assert relative_error(x, y, floor=1.0) < TOLERANCE["float32"]
+    assert in_place or np.array_equal(before, case.first_state())
+
+
+def test_xla_vmap_and_packed_sequences():
+    """Samples of packed sequences are calls of their own, each with its lengths on the device."""
+    case = make_case("linear", lengths=(2, 3), beta=False, state=False, K=8, V=8)
+    lengths = [np.array([0, 2, 5]), np.array([0, 4, 5])]
+    operands = {name: np.stack([x, x]) for name, x in inputs_of(case).items()}
+    operands["cu_seqlens"] = np.stack(lengths)
+    results = {
+        "o": np.empty((2, *case.do.shape), np.float32),
+        "final_state": np.empty((2, 2, 2, 8, 8), np.float32),
+    }
+    assert xla(Runtime(), "linear_attention", operands, results, rank=4) is None
+    for sample in range(2):
+        exact = exact_scan(case.but(cu_seqlens=lengths[sample]))
+        for x, y in zip(results.values(), exact, strict=True):
+            assert relative_error(x[sample], y, floor=1.0) < TOLERANCE["float32"]
+
+
+def test_xla_feature_maps():
+    x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    y, dx = np.full((5, 16), np.nan, np.float32), np.full((5, 4), np.nan, np.float32)
+    phi = exact_map(("DPFP", 2))
+    options = {"map": 4, "nu": 2}
+    assert xla(Runtime(), "feature_forward", {"q": x}, {"o": y}, **options) is None
+    assert relative_error(y, phi.value(x), floor=1.0) < TOLERANCE["float32"]
+    assert xla(Runtime(), "feature_backward", {"q": x, "do": y}, {"dq": dx}, **options) is None
+    assert relative_error(dx, phi.vjp(y, x), floor=1.0) < TOLERANCE["float32"]
+
+
+def test_xla_errors():
+    case = make_case("linear", beta=False, state=False, **SMALL)
+    results = {"o": np.empty_like(case.do), "final_state": np.empty((2, 2, 8, 8), np.float32)}
+    call = inputs_of(case), results
+    assert "jaxlib that tells on which device" in xla(Runtime(older=True), "linear_attention", *call)
+    assert "cuda:1" in xla(Runtime(device=1), "linear_attention", *call)
+    wrong = case.but(k=case.k[..., :4].copy())
+    assert xla(Runtime(), "linear_attention", inputs_of(wrong), results).startswith("ShapeError: k: expected")
+    scratch = Runtime()
+    xla(scratch, "linear_attention", *call)
+    if scratch.most:
+        assert xla(Runtime(out_of_memory=True), "linear_attention", *call) == "none left"

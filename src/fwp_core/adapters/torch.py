@@ -256,7 +256,7 @@ def diagnose(
     cu_seqlens: Integers | None = None,
     **options: Any,
 ) -> diagnostics.Diagnostics:
-    """Return the probes of :func:`fwp_core.diagnose`, NumPy arrays; they are measured where the tensors are."""
+    """Return the probes of :func:`fwp_core.diagnose`, NumPy arrays, measured where the tensors are."""
     rule = getattr(ops, _rule(fn))
     _check_options(None, options.get("eps"), options.get("scale"))
     *arrays, initial_state = (_precise(x) for x in _plain(_INPUTS, (q, k, v, beta, g, initial_state)))
@@ -474,7 +474,7 @@ def _check_projection(projection: Any) -> None:
 
 
 def _lengths(cu_seqlens: Integers | None) -> Offsets | None:
-    """Integers that a later change of the caller's array does not touch; of a device's tensor a copy there."""
+    """Integers that a later change of the caller's array does not touch; those of a device stay there."""
     if cu_seqlens is None:
         return None
     if _on_device(cu_seqlens):
