@@ -1,4 +1,4 @@
-"""Profiles of property tests, fixtures for instruction set levels and an emulated device, needed frameworks."""
+"""Profiles of property tests, fixtures for instruction sets and for an emulated device, needed packages."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def isa(request):
 
 @pytest.fixture(scope="session")
 def emulated():
-    """Skip the test where the CUDA back end is not that of the emulator, whose device memory is the host's."""
+    """Skip the test where the CUDA back end is not the emulator, whose device memory is the host's."""
     state = fwp.show_config("dict")["cuda"]
     if state != "emulated":
         pytest.skip(f"CUDA is not emulated but {state}; FWP_CUDA_PLUGIN can name a plugin that is")

@@ -261,7 +261,10 @@ def diagnose(
     _check_options(None, options.get("eps"), options.get("scale"))
     *arrays, initial_state = (_precise(x) for x in _plain(_INPUTS, (q, k, v, beta, g, initial_state)))
     measure = inspect.unwrap(diagnostics.diagnose)  # what takes any array
-    return measure(rule, *arrays, initial_state=initial_state, cu_seqlens=_lengths(cu_seqlens), **options)
+    found: diagnostics.Diagnostics = measure(
+        rule, *arrays, initial_state=initial_state, cu_seqlens=_lengths(cu_seqlens), **options
+    )
+    return found
 
 
 def described(projection: Tensor) -> Tensor:
