@@ -103,8 +103,6 @@ FWP_DEVICE int64_t state_slot(const Problem& p, int64_t n) {
 FWP_DEVICE int64_t row_at(const Rows& rows, const Sequence& s, int64_t t, int64_t h) {
   return s.b * rows.b + (s.begin + t) * rows.t + h / rows.group * rows.h;
 }
-FWP_DEVICE int64_t state_at(const States& states, int64_t slot, int64_t h) {
-  return slot * states.n + h * states.h;
-}
+FWP_DEVICE int64_t state_at(const States& states, int64_t slot, int64_t h) { return slot * states.n + h * states.h; }
 
 }  // namespace fwp::cuda

@@ -296,6 +296,7 @@ const Backend& backend() {
   static constexpr Backend table{
       sizeof(Backend),
       sizeof(Problem),
+      [] { return "available"; },
       forward_workspace,
       backward_workspace,
       diagnose_workspace,

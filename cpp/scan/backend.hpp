@@ -14,6 +14,8 @@ enum class Outcome { done, interrupted, failed };
 struct Backend {
   // Guards against a plugin of another build.
   size_t backend_bytes, problem_bytes;
+  // "available", "emulated" (device memory is the host's), or why it cannot be used, in words.
+  const char* (*state)();
 
   // Bytes of workspace that the call takes for this problem.
   size_t (*forward_workspace)(const Problem&);  // of steps, too

@@ -55,7 +55,7 @@ extern "C" {
 
 /* The tensor descriptor of DLPack 1.x. A program that also uses dlpack.h includes it before this header. */
 #ifndef DLPACK_DLPACK_H_
-typedef enum { kDLCPU = 1 } DLDeviceType;
+typedef enum { kDLCPU = 1, kDLCUDA = 2 } DLDeviceType;
 
 typedef struct {
   DLDeviceType device_type;
