@@ -9,7 +9,8 @@ nvidia-cuda-nvdisasm, and nvcc where it is to compile.
 
 A line of the table: the most registers on each architecture, the most bytes of stack (spills, and arrays
 that are indexed at run time), the fewest tensor core instructions, the least percentage of loads from global
-memory that are of 16 bytes, the most accesses of memory whose kind the compiler does not know. A kernel without a line is over its budget, and so is a line without a kernel.
+memory that are of 16 bytes, the most accesses of memory whose kind the compiler does not know. A kernel
+without a line is over its budget, and so is a line without a kernel.
 """
 
 from __future__ import annotations
