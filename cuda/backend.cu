@@ -208,9 +208,10 @@ void plan_forward(const Problem& p, Plan& plan, Queue* queue) {
   if (queue != nullptr) place_integers(plan.inner, plan.integers, *queue);
   plan.map(p, queue);
   if (!p.step)
-    scan(plan, chunk::forward_workspace, chunk::forward, recurrent::forward_workspace, recurrent::forward, queue);
-  else if (queue != nullptr)
-    recurrent::step(plan.inner, *queue);
+    return scan(plan, chunk::forward_workspace, chunk::forward, recurrent::forward_workspace, recurrent::forward,
+                queue);
+  void* const rest = plan.arena.take<char>(static_cast<int64_t>(recurrent::step_workspace(plan.inner)));
+  if (queue != nullptr) recurrent::step(plan.inner, rest, *queue);
 }
 
 void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
