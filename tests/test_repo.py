@@ -22,12 +22,19 @@ ARROWS = {
     "cpp/scan": {"cpp/scan", "cpp/rules", "cpp/features"},
     "cpp/cpu": {"cpp/cpu", "cpp/scan"},
     "cpp/core": {"cpp/core", "cpp/include/fwp"},
+    "cuda": {"cuda", "cuda/recurrent", "cuda/chunk", "cuda/features", "cuda/primitives"},
+    "cuda/recurrent": {"cuda/recurrent", "cuda", "cuda/primitives"},
+    "cuda/chunk": {"cuda/chunk", "cuda", "cuda/primitives"},
+    "cuda/features": {"cuda/features", "cuda", "cuda/primitives", "cpp/features"},
     "cuda/simt": {"cuda/simt"},
     "cuda/primitives": {"cuda/primitives", "cuda/simt"},
     "python": {"python", "cpp/include/fwp"},
 }
 # What cpp/core sees of the back ends: their entry points and the problem handed to them.
-EXTRA = {"cpp/core": {"cpp/cpu/dispatch.hpp", "cpp/scan/problem.hpp"}}
+EXTRA = {
+    "cpp/core": {"cpp/cpu/dispatch.hpp", "cpp/scan/backend.hpp", "cpp/scan/problem.hpp"},
+    "cpp/cpu": {"cpp/scan/backend.hpp"},
+}
 # System headers of one folder only.
 PRIVATE_HEADERS = {
     r"immintrin\.h|arm_neon\.h": "cpp/cpu/pack",

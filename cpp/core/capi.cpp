@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "../cpu/dispatch.hpp"
+#include "backends.hpp"
 #include "error.hpp"
 #include "memory.hpp"
 #include "validate.hpp"
@@ -9,8 +10,31 @@
 namespace fwp::core {
 namespace {
 
-using Kernel = bool (*)(const Problem&, void* workspace);
-using Query = size_t (*)(const Problem&);
+using Kernel = Outcome (*Backend::*)(const Problem&, void* workspace);
+using Query = size_t (*Backend::*)(const Problem&);
+
+// The workspace of a call on a device, which its stream hands back when the work is done.
+class DeviceWorkspace {
+ public:
+  DeviceWorkspace(const Problem& p, size_t bytes) : backend_(backend(p)), device_(p.device), stream_(p.stream) {
+    if (bytes == 0) return;
+    memory_ = backend_.allocate(device_, bytes, stream_);
+    if (memory_ == nullptr) fail(FWP_OUT_OF_MEMORY, "workspace: no ", bytes, " bytes of memory on cuda:", device_);
+  }
+  ~DeviceWorkspace() {
+    if (memory_ != nullptr) backend_.deallocate(device_, memory_, stream_);
+  }
+  DeviceWorkspace(const DeviceWorkspace&) = delete;
+  DeviceWorkspace& operator=(const DeviceWorkspace&) = delete;
+
+  void* data() const { return memory_; }
+
+ private:
+  const Backend& backend_;
+  const int device_;
+  void* const stream_;
+  void* memory_ = nullptr;
+};
 
 // The library's own workspace. A thread keeps a small one from call to call, so that steps take no memory but once;
 // while it is in use, a call from within a call (from the interrupt callback) takes another.
@@ -41,18 +65,35 @@ class Workspace {
 thread_local Workspace::Piece Workspace::kept;
 
 size_t workspace_of(const Call& call, Query query) {
-  return call.slot_bytes() + (call.check_only() ? 0 : query(call.problem));
+  return call.slot_bytes() + (call.check_only() ? 0 : (backend(call.problem).*query)(call.problem));
 }
 
-void run(Call& call, Kernel kernel, size_t needed, void* workspace, size_t workspace_bytes, void* stream) {
-  if (stream != nullptr) fail(FWP_ARGUMENT_ERROR, "stream: expected NULL for CPU tensors, got a stream");
+void set_stream(Problem& p, void* stream) {
+  if (stream != nullptr && p.device == kHost)
+    fail(FWP_ARGUMENT_ERROR, "stream: expected NULL for CPU tensors, got a stream");
+  p.stream = stream;
+}
+
+void run(const Problem& p, Kernel kernel, void* workspace) {
+  const Outcome outcome = (backend(p).*kernel)(p, workspace);
+  if (outcome == Outcome::interrupted) fail(FWP_INTERRUPTED, "interrupted");
+  if (outcome == Outcome::failed) fail(FWP_CUDA_ERROR, backend(p).error());
+}
+
+void run(Call& call, Kernel kernel, Query query, void* workspace, size_t workspace_bytes, void* stream) {
+  const size_t needed = workspace_of(call, query);
+  set_stream(call.problem, stream);
   if (workspace != nullptr) call.add_workspace(workspace, workspace_bytes, needed);
   if (!call.check_only()) call.check_memory();
-  const Workspace own(workspace == nullptr ? needed : 0);
-  char* const memory = static_cast<char*>(workspace != nullptr ? workspace : own.data());
+  const size_t missing = workspace == nullptr ? needed : 0;
+  const bool on_host = call.problem.device == kHost;
+  const Workspace own(on_host ? missing : 0);
+  char* memory = static_cast<char*>(workspace != nullptr ? workspace : own.data());
   call.read_slots(memory);
   if (call.check_only()) return;
-  if (!kernel(call.problem, memory + call.slot_bytes())) fail(FWP_INTERRUPTED, "interrupted");
+  if (on_host) return run(call.problem, kernel, memory + call.slot_bytes());
+  const DeviceWorkspace device_own(call.problem, missing);
+  run(call.problem, kernel, workspace != nullptr ? workspace : device_own.data());
 }
 
 int forward(Rule rule, const fwp_options* options, const fwp_inputs* inputs, const fwp_outputs* outputs,
@@ -60,7 +101,7 @@ int forward(Rule rule, const fwp_options* options, const fwp_inputs* inputs, con
   return guarded([&] {
     Call call(rule, false, options, inputs);
     call.add_outputs(outputs);
-    run(call, cpu::forward, workspace_of(call, cpu::forward_workspace), workspace, workspace_bytes, stream);
+    run(call, &Backend::forward, &Backend::forward_workspace, workspace, workspace_bytes, stream);
   });
 }
 
@@ -70,7 +111,7 @@ int backward(Rule rule, const fwp_options* options, const fwp_inputs* inputs, co
     Call call(rule, false, options, inputs);
     call.add_cotangents(cotangents);
     call.add_gradients(gradients);
-    run(call, cpu::backward, workspace_of(call, cpu::backward_workspace), workspace, workspace_bytes, stream);
+    run(call, &Backend::backward, &Backend::backward_workspace, workspace, workspace_bytes, stream);
   });
 }
 
@@ -79,7 +120,7 @@ int step(Rule rule, const fwp_options* options, const fwp_inputs* inputs, const 
   return guarded([&] {
     Call call(rule, true, options, inputs);
     call.add_step_outputs(state, o);
-    run(call, cpu::forward, workspace_of(call, cpu::forward_workspace), workspace, workspace_bytes, stream);
+    run(call, &Backend::forward, &Backend::forward_workspace, workspace, workspace_bytes, stream);
   });
 }
 
@@ -88,15 +129,20 @@ int diagnose(Rule rule, const fwp_options* options, const fwp_inputs* inputs, co
   return guarded([&] {
     Call call(rule, false, options, inputs);
     call.add_probes(probes);
-    run(call, cpu::diagnose, workspace_of(call, cpu::diagnose_workspace), workspace, workspace_bytes, stream);
+    run(call, &Backend::diagnose, &Backend::diagnose_workspace, workspace, workspace_bytes, stream);
   });
 }
 
-void run_map(const MapCall& call, void* stream) {
-  if (stream != nullptr) fail(FWP_ARGUMENT_ERROR, "stream: expected NULL for CPU tensors, got a stream");
+void run_map(MapCall& call, void* stream) {
+  Problem& p = call.problem;
+  set_stream(p, stream);
   call.check_memory();
-  const Workspace memory(cpu::map_workspace(call.problem));
-  cpu::map_rows(call.problem, memory.data());
+  const size_t needed = backend(p).map_workspace(p);
+  const bool on_host = p.device == kHost;
+  const Workspace own(on_host ? needed : 0);
+  if (on_host) return run(p, &Backend::map_rows, own.data());
+  const DeviceWorkspace device_own(p, needed);
+  run(p, &Backend::map_rows, device_own.data());
 }
 
 template <class Number>
@@ -162,42 +208,42 @@ int fwp_delta_diagnose(const fwp_options* options, const fwp_inputs* inputs, con
 }
 
 int fwp_linear_fwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
-  return core::workspace(cpu::forward_workspace, Rule::linear, false, options, inputs, bytes);
+  return core::workspace(&fwp::Backend::forward_workspace, Rule::linear, false, options, inputs, bytes);
 }
 
 int fwp_delta_fwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
-  return core::workspace(cpu::forward_workspace, Rule::delta, false, options, inputs, bytes);
+  return core::workspace(&fwp::Backend::forward_workspace, Rule::delta, false, options, inputs, bytes);
 }
 
 int fwp_linear_bwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
-  return core::workspace(cpu::backward_workspace, Rule::linear, false, options, inputs, bytes);
+  return core::workspace(&fwp::Backend::backward_workspace, Rule::linear, false, options, inputs, bytes);
 }
 
 int fwp_delta_bwd_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
-  return core::workspace(cpu::backward_workspace, Rule::delta, false, options, inputs, bytes);
+  return core::workspace(&fwp::Backend::backward_workspace, Rule::delta, false, options, inputs, bytes);
 }
 
 int fwp_linear_step_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
-  return core::workspace(cpu::forward_workspace, Rule::linear, true, options, inputs, bytes);
+  return core::workspace(&fwp::Backend::forward_workspace, Rule::linear, true, options, inputs, bytes);
 }
 
 int fwp_delta_step_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
-  return core::workspace(cpu::forward_workspace, Rule::delta, true, options, inputs, bytes);
+  return core::workspace(&fwp::Backend::forward_workspace, Rule::delta, true, options, inputs, bytes);
 }
 
 int fwp_linear_diagnose_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
-  return core::workspace(cpu::diagnose_workspace, Rule::linear, false, options, inputs, bytes);
+  return core::workspace(&fwp::Backend::diagnose_workspace, Rule::linear, false, options, inputs, bytes);
 }
 
 int fwp_delta_diagnose_workspace(const fwp_options* options, const fwp_inputs* inputs, size_t* bytes) noexcept {
-  return core::workspace(cpu::diagnose_workspace, Rule::delta, false, options, inputs, bytes);
+  return core::workspace(&fwp::Backend::diagnose_workspace, Rule::delta, false, options, inputs, bytes);
 }
 
 int fwp_checkpoints(const fwp_options* options, const fwp_inputs* inputs, int64_t* elements) noexcept {
   return core::guarded([&] {
     // The linear rule, because it does without beta: the number does not depend on the rule.
     const core::Call call(Rule::linear, false, options, inputs);
-    core::result("elements", elements) = cpu::checkpoint_elements(call.problem);
+    core::result("elements", elements) = core::backend(call.problem).checkpoint_elements(call.problem);
   });
 }
 
@@ -283,8 +329,27 @@ int fwp_cache_limit(size_t* bytes) noexcept {
 
 size_t fwp_cache_idle(void) noexcept { return core::cache_idle(); }
 
-void fwp_empty_cache(void) noexcept { core::empty_cache(); }
+void fwp_empty_cache(void) noexcept {
+  core::empty_cache();
+  core::empty_device_caches();
+}
 
-const char* fwp_cuda_state(void) noexcept { return "not built"; }
+void* fwp_device_allocate(int device, size_t bytes, void* stream) noexcept {
+  void* memory = nullptr;
+  core::guarded([&] {
+    if (device < 0) core::fail(FWP_ARGUMENT_ERROR, "device: expected a number from 0 on, got ", device);
+    memory = core::backend("device", device).allocate(device, bytes, stream);
+    if (memory == nullptr) core::fail(FWP_OUT_OF_MEMORY, "no ", bytes, " bytes of memory on cuda:", device);
+  });
+  return memory;
+}
+
+void fwp_device_free(int device, void* memory, void* stream) noexcept {
+  core::guarded([&] {
+    if (memory != nullptr) core::backend("device", device).deallocate(device, memory, stream);
+  });
+}
+
+const char* fwp_cuda_state(void) noexcept { return core::cuda_state(); }
 
 }  // extern "C"

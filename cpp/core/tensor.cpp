@@ -67,12 +67,21 @@ bool matches(DLDataType dtype, DType wanted) {
   return dtype.code == code && dtype.bits == 8 * item_size(wanted) && dtype.lanes == 1;
 }
 
+// kHost, or the number of a CUDA device.
+int device_of(const char* name, const DLDevice& given) {
+  constexpr int32_t kManagedCUDA = 13;
+  // Copied as an integer: a producer may send a device that this header's enumeration does not name.
+  int32_t type = 0;
+  std::memcpy(&type, &given.device_type, sizeof type);
+  if (type == kDLCPU) return kHost;
+  if (type != kDLCUDA && type != kManagedCUDA)
+    fail(FWP_DEVICE_ERROR, name, ": expected a CPU or CUDA tensor, got one on device type ", type);
+  if (given.device_id < 0) fail(FWP_DEVICE_ERROR, name, ": expected a device from 0 on, got ", given.device_id);
+  return given.device_id;
+}
+
 void check_present(const char* name, const DLTensor* tensor) {
   if (tensor == nullptr) fail(FWP_ARGUMENT_ERROR, name, ": expected a tensor, got NULL");
-  // Copied as an integer: a producer may send a device that this header's enumeration does not name.
-  int32_t device = 0;
-  std::memcpy(&device, &tensor->device.device_type, sizeof device);
-  if (device != kDLCPU) fail(FWP_DEVICE_ERROR, name, ": expected a CPU tensor, got one on device type ", device);
   if (tensor->ndim < 0 || tensor->ndim > kMaxDLRank)
     fail(FWP_ARGUMENT_ERROR, name, ": expected 0 to ", kMaxDLRank, " axes, got ", tensor->ndim);
   if (tensor->ndim > 0 && tensor->shape == nullptr) fail(FWP_ARGUMENT_ERROR, name, ": expected a shape, got NULL");
@@ -157,12 +166,14 @@ void check_count(const char* name, const int64_t* sizes, int rank) {
 Tensor read_tensor(const char* name, const DLTensor* tensor, std::initializer_list<DType> dtypes,
                    std::initializer_list<Axes> shapes) {
   check_present(name, tensor);
+  const int device = device_of(name, tensor->device);
   const DType* const found =
       std::find_if(dtypes.begin(), dtypes.end(), [&](DType wanted) { return matches(tensor->dtype, wanted); });
   if (found == dtypes.end())
     fail(FWP_DTYPE_ERROR, name, ": expected dtype ", text(dtypes), ", got ", text(tensor->dtype));
   check_shape(name, *tensor, shapes);
   Tensor x = read_memory(name, *tensor, item_size(*found));
+  x.device = device;
   x.dtype = *found;
   return x;
 }
@@ -178,7 +189,9 @@ Integers read_integers(const char* name, const DLTensor* tensor, Axis axis) {
   if (dtype.code != kDLInt || (dtype.bits != 32 && dtype.bits != 64) || dtype.lanes != 1)
     fail(FWP_DTYPE_ERROR, name, ": expected dtype int32 or int64, got ", text(dtype));
   check_shape(name, *tensor, {{axis}});
-  return {read_memory(name, *tensor, dtype.bits / 8), dtype.bits == 64};
+  Integers integers{read_memory(name, *tensor, dtype.bits / 8), dtype.bits == 64};
+  integers.tensor.device = device_of(name, tensor->device);
+  return integers;
 }
 
 }  // namespace fwp::core

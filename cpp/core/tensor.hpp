@@ -31,6 +31,7 @@ struct Tensor {
   const char* name = "";
   char* data = nullptr;  // never null, also when empty
   DType dtype = DType::f32;
+  int device = kHost;
   int rank = 0;
   int64_t shape[kMaxRank] = {};
   int64_t stride[kMaxRank] = {};  // in elements; 0 on axes of size 1, and on all axes of an empty tensor
@@ -46,7 +47,7 @@ struct Integers {
   Tensor tensor;
   bool wide = false;  // int64
   int64_t count() const { return tensor.shape[0]; }
-  int64_t at(int64_t i) const;
+  int64_t at(int64_t i) const;  // of the host's memory
 };
 Integers read_integers(const char* name, const DLTensor* tensor, Axis axis);
 

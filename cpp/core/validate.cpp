@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../cpu/dispatch.hpp"
+#include "backends.hpp"
 #include "error.hpp"
 
 namespace fwp::core {
@@ -85,6 +86,24 @@ Features read_features(const fwp_feature_map* given, int64_t n, DType dtype, Ten
   return f;
 }
 
+std::string device_name(int device) { return device == kHost ? "the CPU" : "cuda:" + std::to_string(device); }
+
+// A call runs where its first array is.
+void place(const Tensor& first, Problem& p) {
+  p.device = first.device;
+  backend(first.name, p.device);
+  if (p.device != kHost) return;
+  check_isa();
+  p.level = cpu::level();
+  p.threads = cpu::get_num_threads();
+}
+
+void check_same_device(const Tensor& x, const char* first, int device) {
+  if (x.device != device)
+    fail(FWP_DEVICE_ERROR, x.name, ": expected a tensor on ", device_name(device), ", as ", first, " is, got one on ",
+         device_name(x.device));
+}
+
 }  // namespace
 
 int64_t feature_size(const fwp_feature_map* given, int64_t n) {
@@ -136,14 +155,11 @@ void CallMemory::check() const {
 Call::Call(Rule rule, bool step, const fwp_options* options, const fwp_inputs* inputs) {
   const fwp_options settings = read_struct<fwp_options>("options", options, FWP_OPTIONS_INIT);
   const fwp_inputs in = read_struct<fwp_inputs>("inputs", inputs, FWP_INPUTS_INIT);
-  check_isa();
 
   Problem& p = problem;
   p.rule = rule;
   p.step = step;
   p.scale = settings.scale;
-  p.level = cpu::level();
-  p.threads = cpu::get_num_threads();
   if (!step) p.interrupt = {settings.interrupt, settings.interrupt_data};
 
   read_options(settings);
@@ -185,9 +201,10 @@ void Call::read_heads(const fwp_inputs& in, const fwp_options& settings) {
   Problem& p = problem;
   const std::initializer_list<DType> dtypes{DType::f32, DType::f64, DType::f16, DType::bf16};
   const Axes tokens{{"B"}, {"T"}, {"Hq"}, {"K"}}, token{{"B"}, {"Hq"}, {"K"}};
-  const Tensor q =
-      p.step ? read("q", in.q, dtypes, {token, tokens}, Access::read) : read("q", in.q, dtypes, {tokens}, Access::read);
+  const Tensor q = p.step ? read_tensor("q", in.q, dtypes, {token, tokens}) : read_tensor("q", in.q, dtypes, {tokens});
+  memory_.add(q.region, Access::read);
   p.dtype = q.dtype;
+  place(q, p);
   batch_ = q.shape[0];
   has_time_ = q.rank == tokens.rank;
   p.T = has_time_ ? q.shape[1] : 1;
@@ -200,7 +217,10 @@ void Call::read_heads(const fwp_inputs& in, const fwp_options& settings) {
     p.features.norm = norm;
     p.K = p.features.outputs;
     memory_.add(projection.region, Access::read);
-    if (projection.data != nullptr) memory_.need_contiguous_last_axis(projection);
+    if (projection.data != nullptr) {
+      check_device(projection);
+      memory_.need_contiguous_last_axis(projection);
+    }
   }
   const Tensor k = read("k", in.k, p.dtype, axes({"Hk"}, key_axis()), Access::read);
   const Tensor v = read("v", in.v, p.dtype, axes({"Hv"}, {"V"}), Access::read);
@@ -290,6 +310,7 @@ void Call::add_workspace(void* workspace, size_t bytes, size_t needed) {
 Tensor Call::read(const char* name, const DLTensor* tensor, std::initializer_list<DType> dtypes,
                   std::initializer_list<Axes> shapes, Access access) {
   const Tensor x = read_tensor(name, tensor, dtypes, shapes);
+  check_device(x);
   memory_.add(x.region, access);
   return x;
 }
@@ -309,17 +330,24 @@ States Call::read_states(const char* name, const DLTensor* tensor, Access access
 }
 
 void* Call::read_checkpoints(const DLTensor* tensor, Access access) {
-  const Axes axes{{"elements", cpu::checkpoint_elements(problem)}};
+  const Axes axes{{"elements", backend(problem).checkpoint_elements(problem)}};
   const Tensor x = read("checkpoints", tensor, accumulation(problem.dtype), axes, access);
   memory_.need_contiguous_last_axis(x);
   return x.data;
 }
+
+void Call::check_device(const Tensor& x) const { check_same_device(x, "q", problem.device); }
 
 void Call::read_sequences(const DLTensor* cu_seqlens) {
   const char* const name = "cu_seqlens";
   const Integers given = read_integers(name, cu_seqlens, {"N+1"});
   if (given.count() == 0) fail(FWP_SHAPE_ERROR, name, ": expected at least one offset, got none");
   if (batch_ != 1) fail(FWP_ARGUMENT_ERROR, name, ": expected B=1 for packed sequences, got B=", batch_);
+  problem.N = given.count() - 1;
+  if (given.tensor.device != kHost) {
+    problem.device_cu_seqlens = {given.tensor.data, given.tensor.stride[0], given.wide};
+    return;
+  }
 
   // Copied first and checked then, so that nobody can change a value between check and use.
   offsets_.resize(static_cast<size_t>(given.count()));
@@ -330,25 +358,35 @@ void Call::read_sequences(const DLTensor* cu_seqlens) {
     fail(FWP_ARGUMENT_ERROR, name, ": expected offsets that never fall, got ", fall[0], " before ", fall[1]);
   if (offsets_.back() != problem.T)
     fail(FWP_ARGUMENT_ERROR, name, ": expected it to end with T=", problem.T, ", got ", offsets_.back());
-  problem.N = given.count() - 1;
   problem.cu_seqlens = offsets_.data();
 }
 
 Integers Call::read_integers(const char* name, const DLTensor* tensor, Axis axis) {
   const Integers given = core::read_integers(name, tensor, axis);
+  if (given.tensor.device != kHost) check_device(given.tensor);
   memory_.add(given.tensor.region, Access::read);
   return given;
 }
 
 // The slots, and once more in order, where one that is given twice meets itself.
 size_t Call::slot_bytes() const {
-  const size_t bytes = has_slots() ? 2 * static_cast<size_t>(slots_.count()) * sizeof(int64_t) : 0;
+  if (!has_slots() || problem.device != kHost) return 0;
+  const size_t bytes = 2 * static_cast<size_t>(slots_.count()) * sizeof(int64_t);
   return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
 }
 
 void Call::read_slots(void* memory) {
+  problem.slots = has_slots() ? slot_count_ : 0;
   if (!has_slots()) return;
+  if (slots_.tensor.device != kHost) {
+    problem.device_state_indices = {slots_.tensor.data, slots_.tensor.stride[0], slots_.wide};
+    return;
+  }
   const char* const name = "state_indices";
+  if (problem.device != kHost) {
+    offsets_.resize(2 * static_cast<size_t>(slots_.count()));
+    memory = offsets_.data();
+  }
   int64_t *const slots = static_cast<int64_t*>(memory), *const sorted = slots + slots_.count();
   int64_t* const end = sorted + slots_.count();
   for (int64_t n = 0; n < slots_.count(); ++n) {
@@ -399,11 +437,9 @@ Rows Call::rows(const Tensor& x) {
 }
 
 MapCall::MapCall(const fwp_feature_map* map, const DLTensor* x) {
-  check_isa();
   Problem& p = problem;
-  p.level = cpu::level();
-  p.threads = cpu::get_num_threads();
   const Tensor given = read_tensor("x", x, {DType::f32, DType::f64, DType::f16, DType::bf16}, {{{"M"}, {"K_in"}}});
+  place(given, p);
   p.dtype = given.dtype;
   p.T = given.shape[0];
   Tensor projection;
@@ -413,7 +449,9 @@ MapCall::MapCall(const fwp_feature_map* map, const DLTensor* x) {
   check_count("x", work, 2);
   p.q = rows("x", x, {"K_in", p.features.inputs}, CallMemory::Access::read);
   memory_.add(projection.region, CallMemory::Access::read);
-  if (projection.data != nullptr) memory_.need_contiguous_last_axis(projection);
+  if (projection.data == nullptr) return;
+  check_same_device(projection, "x", p.device);
+  memory_.need_contiguous_last_axis(projection);
 }
 
 void MapCall::add_output(const DLTensor* y) { problem.o = rows("y", y, {"K", problem.K}, CallMemory::Access::write); }
@@ -425,6 +463,7 @@ void MapCall::add_gradients(const DLTensor* d_y, const DLTensor* d_x) {
 
 Rows MapCall::rows(const char* name, const DLTensor* tensor, Axis size, CallMemory::Access access) {
   const Tensor x = read_tensor(name, tensor, {problem.dtype}, {{{"M", problem.T}, size}});
+  check_same_device(x, "x", problem.device);
   memory_.add(x.region, access);
   memory_.need_contiguous_last_axis(x);
   Rows rows;

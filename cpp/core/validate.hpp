@@ -55,8 +55,9 @@ class Call {
   bool check_only() const { return check_only_; }
   void check_memory() const { memory_.check(); }
 
-  // The slots of a step's sequences are copied into memory of the caller and checked there, so that nobody can change
-  // one between check and use. To be called after check_memory; a wrong value throws Error.
+  // The slots of a step's sequences are copied and checked then, so that nobody can change one between check and use:
+  // into memory of the caller on the CPU, where steps allocate nothing. To be called after check_memory; a wrong value
+  // throws Error. Slots in the memory of a device are left to its kernels.
   size_t slot_bytes() const;
   void read_slots(void* memory);
 
@@ -77,6 +78,7 @@ class Call {
   bool has_slots() const { return slots_.tensor.data != nullptr; }
   Integers read_integers(const char* name, const DLTensor* tensor, Axis axis);
   void check_sizes() const;
+  void check_device(const Tensor& x) const;
 
   Axis key_axis() const;                   // of q and k
   Axes axes(Axis heads) const;             // [B,T,heads], or [B,heads] in a step of a single token

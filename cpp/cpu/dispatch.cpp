@@ -296,6 +296,7 @@ const Backend& backend() {
   static constexpr Backend table{
       sizeof(Backend),
       sizeof(Problem),
+      [] { return "available"; },
       forward_workspace,
       backward_workspace,
       diagnose_workspace,
@@ -307,6 +308,7 @@ const Backend& backend() {
       map_rows,
       [] { return ""; },
       nullptr,  // its memory is cpp/core's own
+      nullptr,
       nullptr,
   };
   return table;

@@ -14,6 +14,8 @@ enum class Outcome { done, interrupted, failed };
 struct Backend {
   // Guards against a plugin of another build.
   size_t backend_bytes, problem_bytes;
+  // "available", "emulated" (device memory is the host's), or why it cannot be used, in words.
+  const char* (*state)();
 
   // Bytes of workspace that the call takes for this problem.
   size_t (*forward_workspace)(const Problem&);  // of steps, too
@@ -36,5 +38,6 @@ struct Backend {
   // Memory for work on this stream of this device; nullptr: there is none.
   void* (*allocate)(int device, size_t bytes, void* stream);
   void (*deallocate)(int device, void* memory, void* stream);
+  void (*empty_cache)();  // hands idle memory back to the system
 };
 }  // namespace fwp

@@ -62,6 +62,7 @@ struct Problem {
   int device = kHost;      // number of the CUDA device whose memory every array is in, and
   void* stream = nullptr;  // the stream that the work is put on
   DeviceIntegers device_cu_seqlens, device_state_indices;  // in place of the host's
+  int64_t slots = 0;                                       // of the states of a step
   Interrupt interrupt;
 
   Rows q, k, v, beta, g;
