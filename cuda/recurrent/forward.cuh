@@ -45,9 +45,15 @@ struct ForwardPlan {
   int64_t tiles;
   Room<T> room;
   T* workspace;
+  T* z;  // [N][H][K], of a step whose tiles all read z where it is to be updated; nullptr: it goes to the state at once
 
   ForwardPlan(const Problem& p, const int32_t* only, int64_t together)
-      : wanted{only, together}, checkpoints{}, tiles(recurrent::tiles(p)), room(p, 1, 0), workspace(nullptr) {}
+      : wanted{only, together},
+        checkpoints{},
+        tiles(recurrent::tiles(p)),
+        room(p, 1, 0),
+        workspace(nullptr),
+        z(nullptr) {}
 
   int64_t blocks(const Problem& p) const { return p.N * p.H * tiles; }
 };
@@ -77,7 +83,9 @@ FWP_KERNEL void scan_forward(FWP_PARAMETER Problem p, FWP_PARAMETER ForwardPlan<
   if (!plan.wanted(p, n, h)) return;
   const auto block = block_of<T, Rule, Decay, Place>(p, sequence(p, n), h, tile, number, plan.room, plan.workspace);
   const int64_t length = block.s.length;
-  block.load_state(p.h0, n, block.S);
+  const int64_t slot = state_slot(p, n);
+  if (slot == kNoSlot) return block.clear_output();
+  block.load_state(p.h0, slot, block.S);
   for (int64_t t = 0; t < length;) {
     if (!outputs && t > 0 && t % plan.checkpoints.segment == 0)
       block.template copy<Place, InWorkspace>(block.S,
@@ -93,7 +101,20 @@ FWP_KERNEL void scan_forward(FWP_PARAMETER Problem p, FWP_PARAMETER ForwardPlan<
     if (outputs && block.there) store_tokens(p.o, block.at(p.o, t) + block.column, p.o.t, tokens, o, warp(), warps());
     t += tokens;
   }
-  if constexpr (outputs) block.store_state(block.S, p.hT, n, tile == 0);
+  if constexpr (outputs) {
+    block.store_state(block.S, p.hT, slot, tile == 0 && plan.z == nullptr);
+    if (tile == 0 && plan.z != nullptr) block.store_z(block.S, plan.z + (n * p.H + h) * p.K);
+  }
+}
+
+// z [N][H][K] into the last column of the states that steps have updated.
+template <class T>
+FWP_KERNEL void put_z(FWP_PARAMETER Problem p, const T* from) {
+  const int64_t h = block_index_x() % p.H, n = block_index_x() / p.H, slot = state_slot(p, n);
+  if (slot == kNoSlot) return;
+  T* const state = static_cast<T*>(p.hT.data) + state_at(p.hT, slot, h) + p.V;
+  for (int64_t d = thread_index(); d < p.K; d += block_threads())
+    store_global(state + d * p.hT.k, load_global(from + (n * p.H + h) * p.K + d));
 }
 
 template <bool outputs, class T>
