@@ -319,6 +319,7 @@ def test_wrong_integers_are_reported_by_the_next_call():
 # ---- the compiler, autocast, layers ----
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.*is deprecated")  # torch itself uses it
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend):
     case = make_case("delta", "scalar", B=1, T=20, K=16, V=16, state=False)
