@@ -6,8 +6,11 @@
 #define FWP_HD FWP_DEVICE
 #ifdef __CUDACC__
 #define FWP_UNROLL _Pragma("unroll")
+#define FWP_PRAGMA(text) _Pragma(#text)
+#define FWP_UNROLL_BY(n) FWP_PRAGMA(unroll n)
 #else
 #define FWP_UNROLL _Pragma("GCC unroll 32")
+#define FWP_UNROLL_BY(n)
 #endif
 
 #include "../cpp/rules/block.hpp"
