@@ -5,6 +5,8 @@
 #define FWP_DEVICE __device__ __forceinline__
 #define FWP_PARAMETER const __grid_constant__
 #define FWP_UNROLL _Pragma("unroll")
+#define FWP_PRAGMA(text) _Pragma(#text)
+#define FWP_UNROLL_BY(n) FWP_PRAGMA(unroll n)
 
 namespace fwp::cuda {
 

@@ -12,6 +12,7 @@
 #define FWP_DEVICE inline
 #define FWP_PARAMETER const
 #define FWP_UNROLL _Pragma("GCC unroll 32")
+#define FWP_UNROLL_BY(n)
 // The last parameters of a primitive, and what they make.
 #define FWP_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define FWP_AT(name) (simt::Site{name, file, line})
