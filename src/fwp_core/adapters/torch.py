@@ -308,7 +308,9 @@ def _scan(
     inputs = _autocast(tuple(map(_checked, _INPUTS, inputs)))
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     call = Call(*(*options, _lengths(cu_seqlens), _core.isa() if differentiated else None))
-    o, final_state, _ = scan(call, *inputs)
+    # Function.apply takes longer than all else in a call that decodes a token.
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    o, final_state, _ = scan(call, *inputs) if differentiated or transformed else call.forward(inputs)
     return o, final_state
 
 
