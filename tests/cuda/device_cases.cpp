@@ -221,7 +221,9 @@ std::vector<Case> every_case() {
 }  // namespace
 
 int main(int count, char** words) try {
-  std::printf("CUDA back end: %s\n", fwp_cuda_state());
+  const std::string state = fwp_cuda_state();
+  std::printf("CUDA back end: %s\n", state.c_str());
+  if (state != "available" && state != "emulated") return 1;
   int run = 0, wrong = 0;
   for (const Case& c : every_case()) {
     const std::string name = c.name() + ' ';
