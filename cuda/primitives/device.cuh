@@ -40,6 +40,7 @@ template <class T>
 FWP_DEVICE void store_global(T* p, T x) {
   *p = x;
 }
+FWP_DEVICE void raise(int32_t* flag) { *static_cast<volatile int32_t*>(flag) = 1; }
 
 template <int bytes>
 FWP_DEVICE void copy_async(void* shared, const void* global, int valid = bytes) {

@@ -48,6 +48,10 @@ void store_global(T* p, std::common_type_t<T> x, FWP_CALLER) {
   simt::touch_global(p, sizeof(T), simt::Access::write, FWP_AT("store_global"));
   *p = x;
 }
+inline void raise(int32_t* flag, FWP_CALLER) {
+  simt::touch_global(flag, sizeof *flag, simt::Access::raise, FWP_AT("raise"));
+  *flag = 1;
+}
 
 template <int bytes>
 void copy_async(void* shared, const void* global, int valid = bytes, FWP_CALLER) {

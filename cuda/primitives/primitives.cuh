@@ -7,6 +7,7 @@
 //   shared_memory()                          dynamic shared memory of the block, aligned to 16 bytes
 //   sync_block() sync_warp()
 //   load_shared(p) store_shared(p, x) load_global(p) store_global(p, x)     p aligned to sizeof x: 2, 4, 8 or 16 bytes
+//   raise(flag)                              *flag = 1, by any number of threads; for kernels after this one to read
 //   copy_async<bytes>(shared, global, valid) commit_copies() wait_copies<groups_left>()
 //                                            the first `valid` bytes come from global memory, the rest are zeros
 //   shuffle(x, lane) shuffle_xor(x, mask)    32-bit and 64-bit x of another lane; all 32 lanes call
