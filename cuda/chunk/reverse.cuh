@@ -1,0 +1,190 @@
+// The adjoint of the state, right to left through a head's chunks; fragments and blocks are those of scan.cuh. Of a
+// chunk, with the adjoint D of its last state and P, T' and G as there:
+//
+//   dU = P^T dO + e^(G_C - G) (K D)      dE = T'^T diag(beta) dU      dV = dE
+//   D0 = e^G_C D + scale (e^G Q)^T dO - (e^G K)^T dE
+//
+// Rules that do not predict: dV = diag(beta) dU, and no dE in D0.
+#pragma once
+
+#include "saved.cuh"
+
+namespace fwp::cuda::chunk {
+
+// x += a L, L [64][64] lower triangular.
+FWP_DEVICE void multiply_lower(float (&x)[8][4], const uint32_t (&a)[4][4], const Half* L) {
+  multiply<kChunk, Sum::down, 2>(x, a[0], L, 0, 0);
+  multiply<kChunk, Sum::down, 4>(x, a[1], L, 0, 16);
+  multiply<kChunk, Sum::down, 6>(x, a[2], L, 0, 32);
+  multiply<kChunk, Sum::down, 8>(x, a[3], L, 0, 48);
+}
+
+// dU^T, from what later chunks and later tokens of this one make of a write. Returns the largest magnitude of operands.
+template <int D, bool gated, class Stage>
+FWP_DEVICE uint32_t written_adjoints(float (&dU)[8][4], const Stage& stage, float factor, const Half* P,
+                                     const float* P_up, DType dtype, const Half* d_o_tile,
+                                     const uint32_t (&S)[D / 16][4], const Scale (&S_scale)[2]) {
+  uint32_t d_o[4][4];
+  Scale d_o_scale[2];
+  float inside[8][4];
+  load_turned(inside, dtype, d_o_tile);
+  FWP_UNROLL for (int i = 0; i < 8; ++i) {
+    float q_up[2], up[2];
+    load_tokens(q_up, stage.q_up, i);
+    load_tokens(up, P_up, i);
+    FWP_UNROLL for (int r = 0; r < 4; ++r) inside[i][r] *= q_up[r % 2] * up[r % 2] * factor;
+  }
+  const uint32_t most = to_a(d_o, d_o_scale, inside);
+  clear(inside);
+  multiply_lower(inside, d_o, P);
+  clear(dU);
+  FWP_UNROLL for (int k = 0; k < D / 16; ++k) multiply<D, Sum::along, 8>(dU, S[k], stage.k, 0, 16 * k);
+  FWP_UNROLL for (int i = 0; i < 8; ++i) {
+    float k_up[2], decay[2] = {1, 1};
+    load_tokens(k_up, stage.k_up, i);
+    if constexpr (gated) load_tokens(decay, stage.decay_left, i);
+    FWP_UNROLL for (int r = 0; r < 4; ++r) dU[i][r] =
+        (dU[i][r] * S_scale[r / 2].up * decay[r % 2] + inside[i][r] * d_o_scale[r / 2].up) * k_up[r % 2];
+  }
+  return most;
+}
+
+// x = T'^T x for columns of tokens. Returns the largest magnitude seen.
+template <class Stage>
+FWP_DEVICE uint32_t solve_adjoint(float (&x)[8][4], const Stage& stage, const Half* T) {
+  uint32_t a[4][4];
+  Scale scale[2];
+  FWP_UNROLL for (int i = 0; i < 8; ++i) {
+    float T_up[2];
+    load_tokens(T_up, stage.T_up, i);
+    FWP_UNROLL for (int r = 0; r < 4; ++r) x[i][r] *= T_up[r % 2];
+  }
+  const uint32_t most = to_a(a, scale, x);
+  clear(x);
+  multiply_lower(x, a, T);
+  FWP_UNROLL for (int i = 0; i < 8; ++i) {
+    FWP_UNROLL for (int r = 0; r < 4; ++r) x[i][r] *= scale[r / 2].up;
+  }
+  return most;
+}
+
+// D += (X^T x)^T, the rows of the tile X and their tokens x times a factor each. Returns the largest magnitude seen.
+template <int channels, bool gated>
+FWP_DEVICE uint32_t add_reads(float (&D)[channels / 8][4], float decay_chunk, float (&x)[8][4], float factor,
+                              const float* decay, const Half* X, const float* X_up) {
+  uint32_t a[4][4];
+  Scale scale[2];
+  FWP_UNROLL for (int i = 0; i < 8; ++i) {
+    float up[2], to_token[2] = {1, 1};
+    load_tokens(up, X_up, i);
+    if constexpr (gated) load_tokens(to_token, decay, i);
+    FWP_UNROLL for (int r = 0; r < 4; ++r) x[i][r] *= up[r % 2] * to_token[r % 2] * factor;
+  }
+  const uint32_t most = to_a(a, scale, x);
+  write<channels>(D, X, decay_chunk, a, scale);
+  return most;
+}
+
+// Grid: value tiles * H * N, the tiles of a head side by side.
+template <int channels, bool predicts, bool gated>
+FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
+  const Problem& p = x.p;
+  const int64_t tiles = (p.V + kValueTile - 1) / kValueTile, block = block_index_x();
+  const int64_t h = block / tiles % p.H, n = block / tiles / p.H;
+  const Sequence s = sequence(p, n);
+  const Span span = chunks_in(p, x.window, n, s);
+  if (span.empty() || load_global(x.left + n * p.H + h) != 0) return;
+  const int64_t column = block % tiles * kValueTile + warp() * kColumns;
+  const int64_t end_column = column + kColumns < p.V ? column + kColumns : p.V;
+  auto& shared = *static_cast<ScanShared<channels>*>(shared_memory());
+  Half* const d_o_tile = shared.v[warp()];
+
+  const auto keys = [&](int64_t c) { return ChunkRows::of(p.k, s, c * kChunk, h, 0, p.K); };
+  const auto queries = [&](int64_t c) { return ChunkRows::of(p.q, s, c * kChunk, h, 0, p.K); };
+  const auto place = [&](int64_t c) { return place_of(p, x.window, s, span.slot + c, h); };
+  const auto copy_keys = [&](int64_t c) {
+    auto& stage = shared.stages[c % 2];
+    copy_rows<channels, kScanThreads>(keys(c), stage.k);
+    copy_rows<channels, kScanThreads>(queries(c), stage.q);
+    commit_copies();
+  };
+  const auto copy_adjoints = [&](int64_t c) {
+    copy_rows<kColumns, kWarpSize>(ChunkRows::of(p.d_o, s, c * kChunk, h, column, end_column), d_o_tile);
+    commit_copies();
+  };
+  const auto copy_T = [&](int64_t c) {
+    if constexpr (predicts)
+      copy_tile<kChunk, kChunk, kScanThreads>(x.prepared.T + place(c) * kChunk * kChunk, shared.T);
+    commit_copies();
+  };
+
+  float D[channels / 8][4];
+  const bool last = span.end == span.chunks;
+  load_state<channels>(D, p, last ? p.d_hT : x.after, last ? n : s.b, h, column);
+  uint32_t most = 0;  // the largest magnitude of all operands
+  bool finite = true;
+  Token token;
+  const auto begin_chunk = [&](int64_t c) {
+    copy_keys(c);
+    token = load_token<predicts, gated>(p, x.prepared, s, place(c), c * kChunk, h);
+  };
+  if (span.begin < span.end) {
+    begin_chunk(span.end - 1);
+    copy_adjoints(span.end - 1);
+    copy_T(span.end - 1);
+  }
+  for (int64_t c = span.end - 1; c >= span.begin; --c) {
+    const bool more = c > span.begin;
+    auto& stage = shared.stages[c % 2];
+    wait_copies<0>();
+    if (!scale_rows<channels, kScanThreads>(keys(c), stage.k, stage.k_up)) finite = false;
+    if (!scale_rows<channels, kScanThreads>(queries(c), stage.q, stage.q_up)) finite = false;
+    store_token<gated>(stage, token);
+    sync_block();  // the chunk is there, and the one after it is no longer needed
+    if (more) begin_chunk(c - 1);
+    most = larger(most, multiply_queries<channels, gated>(stage, shared.P, shared.P_up));
+    sync_block();  // P is there
+
+    uint32_t D_a[channels / 16][4];
+    Scale D_scale[2];
+    most = larger(most, to_a(D_a, D_scale, D));
+    if (column < x.D.columns) x.D.of(place(c)).template store<channels>(static_cast<int>(column), D_a, D_scale);
+    float y[8][4];
+    most = larger(most, written_adjoints<channels, gated>(y, stage, static_cast<float>(p.scale), shared.P, shared.P_up,
+                                                          p.v.dtype, d_o_tile, D_a, D_scale));
+    FWP_UNROLL for (int i = 0; i < 8; ++i) {
+      float beta[2];
+      load_tokens(beta, stage.beta, i);
+      FWP_UNROLL for (int r = 0; r < 4; ++r) y[i][r] *= beta[r % 2];
+    }
+    if constexpr (predicts) most = larger(most, solve_adjoint(y, stage, shared.T));
+    if (p.dv.data != nullptr && column < p.V) {
+      const ChunkRows dv = x.result(p.dv, x.dv, s, c * kChunk, h, place(c), column, end_column);
+      FWP_UNROLL for (int i = 0; i < 8; ++i) {
+        float rounded[4] = {y[i][0], y[i][1], y[i][2], y[i][3]};
+        store_turned(dv, 8 * i, rounded);
+      }
+    }
+    if constexpr (predicts) {
+      if (column < x.dE.columns) x.dE.store(place(c), static_cast<int>(column), y);
+    }
+
+    const float decay_chunk = gated ? load_shared(&stage.decay_chunk) : 1.0f;
+    if constexpr (predicts)
+      most = larger(most, add_reads<channels, gated>(D, decay_chunk, y, -1, stage.decay, stage.k, stage.k_up));
+    load_turned(y, p.d_o.dtype, d_o_tile);
+    sync_warp();
+    if (more) copy_adjoints(c - 1);
+    most = larger(most, add_reads<channels, gated>(D, predicts ? 1.0f : decay_chunk, y, static_cast<float>(p.scale),
+                                                   stage.decay, stage.q, stage.q_up));
+    sync_block();  // P and T' are no longer needed
+    if (more) copy_T(c - 1);
+  }
+  Scale ignored[2];
+  most = larger(most, row_scales(ignored, D));
+  if (!finite || most >= kInfinite) raise(x.left + n * p.H + h);
+  const bool first = span.begin == 0;
+  store_state<channels>(D, p, first ? p.dh0 : x.before, first ? n : s.b, h, column);
+}
+
+}  // namespace fwp::cuda::chunk
