@@ -1,5 +1,7 @@
 #include "backends.hpp"
 
+#include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <string>
 
@@ -58,9 +60,12 @@ Plugin open_plugin() {
 Plugin open_plugin() { return {nullptr, "not built"}; }
 #endif
 
+std::atomic<bool> opened{false};
+
 const Plugin& plugin() {
-  static const Plugin opened = open_plugin();
-  return opened;
+  static const Plugin found = open_plugin();
+  opened = true;
+  return found;
 }
 
 }  // namespace
@@ -70,6 +75,10 @@ const Backend& backend(const char* name, int device) {
   if (plugin().backend == nullptr)
     fail(FWP_DEVICE_ERROR, name, ": expected memory of the CPU, since CUDA is ", plugin().state, ", got cuda:", device);
   return *plugin().backend;
+}
+
+void empty_device_caches() {
+  if (opened && plugin().backend != nullptr) plugin().backend->empty_cache();
 }
 
 const char* cuda_state() { return plugin().state.c_str(); }

@@ -12,5 +12,7 @@ inline const Backend& backend(const Problem& problem) { return backend("q", prob
 
 // State of the CUDA back end in words.
 const char* cuda_state();
+// Hands back idle memory of devices, if any was ever used.
+void empty_device_caches();
 
 }  // namespace fwp::core

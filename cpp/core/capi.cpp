@@ -329,7 +329,26 @@ int fwp_cache_limit(size_t* bytes) noexcept {
 
 size_t fwp_cache_idle(void) noexcept { return core::cache_idle(); }
 
-void fwp_empty_cache(void) noexcept { core::empty_cache(); }
+void fwp_empty_cache(void) noexcept {
+  core::empty_cache();
+  core::empty_device_caches();
+}
+
+void* fwp_device_allocate(int device, size_t bytes, void* stream) noexcept {
+  void* memory = nullptr;
+  core::guarded([&] {
+    if (device < 0) core::fail(FWP_ARGUMENT_ERROR, "device: expected a number from 0 on, got ", device);
+    memory = core::backend("device", device).allocate(device, bytes, stream);
+    if (memory == nullptr) core::fail(FWP_OUT_OF_MEMORY, "no ", bytes, " bytes of memory on cuda:", device);
+  });
+  return memory;
+}
+
+void fwp_device_free(int device, void* memory, void* stream) noexcept {
+  core::guarded([&] {
+    if (memory != nullptr) core::backend("device", device).deallocate(device, memory, stream);
+  });
+}
 
 const char* fwp_cuda_state(void) noexcept { return core::cuda_state(); }
 

@@ -376,9 +376,9 @@ size_t Call::slot_bytes() const {
 }
 
 void Call::read_slots(void* memory) {
+  problem.slots = has_slots() ? slot_count_ : 0;
   if (!has_slots()) return;
   if (slots_.tensor.device != kHost) {
-    problem.slots = slot_count_;
     problem.device_state_indices = {slots_.tensor.data, slots_.tensor.stride[0], slots_.wide};
     return;
   }

@@ -309,6 +309,7 @@ const Backend& backend() {
       [] { return ""; },
       nullptr,  // its memory is cpp/core's own
       nullptr,
+      nullptr,
   };
   return table;
 }

@@ -38,5 +38,6 @@ struct Backend {
   // Memory for work on this stream of this device; nullptr: there is none.
   void* (*allocate)(int device, size_t bytes, void* stream);
   void (*deallocate)(int device, void* memory, void* stream);
+  void (*empty_cache)();  // hands idle memory back to the system
 };
 }  // namespace fwp

@@ -225,9 +225,9 @@ FWP_DEVICE void load_a(uint32_t (&a)[4], const Half* A, int m, int k) {
     load_matrices_transposed(a, right_first<D>(A, k, m));
 }
 
-// d[N tiles of 8 columns] += a B[k..k+16)[n..n+8N)
+// d[N] += a B[k..k+16)[n..n+8N), N fragments side by side
 template <int D, Sum sum, int N>
-FWP_DEVICE void multiply(float (&d)[N][4], const uint32_t (&a)[4], const Half* B, int n, int k) {
+FWP_DEVICE void multiply(float (*d)[4], const uint32_t (&a)[4], const Half* B, int n, int k) {
   static_assert(N % 2 == 0, "B is loaded in pairs of tiles");
   FWP_UNROLL for (int i = 0; i < N; i += 2) {
     uint32_t b[4];
@@ -275,6 +275,30 @@ FWP_DEVICE void store_rows(Half* tile, int m, int n, const float (&d)[4], const 
     Half* const to = tile + at<D>(m + lane() / 4 + 8 * i, n + 2 * (lane() % 4));
     store_shared(reinterpret_cast<uint32_t*>(to), pack_half(d[2 * i] * scale[i].down, d[2 * i + 1] * scale[i].down));
   }
+}
+
+// a[16][16] into dense rows [16][stride] in global memory, from column k on; 16-byte aligned.
+FWP_DEVICE void store_a(Half* rows, int stride, int k, const uint32_t (&a)[4]) {
+  const bool odd = lane() % 2 == 1;  // neighbours exchange halves, so that a row's four lanes write 32 bytes together
+  FWP_UNROLL for (int i = 0; i < 2; ++i) {
+    const uint32_t other = shuffle_xor(odd ? a[i] : a[i + 2], 1);
+    Half* const to = rows + (lane() / 4 + 8 * i) * stride + k + lane() % 4 / 2 * 4 + (odd ? 8 : 0);
+    store_global(reinterpret_cast<Two*>(to), odd ? Two{{other, a[i + 2]}} : Two{{a[i], other}});
+  }
+}
+
+template <int N>
+FWP_DEVICE void clear(float (&d)[N][4]) {
+  FWP_UNROLL for (int n = 0; n < N; ++n) {
+    FWP_UNROLL for (int r = 0; r < 4; ++r) d[n][r] = 0;
+  }
+}
+
+// Two neighbouring numbers in shared memory.
+FWP_DEVICE void load_two(float (&x)[2], const float* from) {
+  const Two two = load_shared(reinterpret_cast<const Two*>(from));
+  x[0] = float_of(two.x[0]);
+  x[1] = float_of(two.x[1]);
 }
 
 // --- Value columns as rows of fragments ---

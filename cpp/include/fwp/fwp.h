@@ -15,7 +15,8 @@
  *   - Returns FWP_OK (0) or an error code; fwp_last_error() then holds the message for this thread.
  *   - Nothing is computed and no output is touched before every check has passed. After FWP_INTERRUPTED
  *     the contents of the outputs are unspecified.
- *   - Tensors are DLPack tensors on the CPU. Strides count elements; any strides on B, N, T and H are read in
+ *   - Tensors are DLPack tensors, all on the CPU or all on one CUDA device; cu_seqlens and state_indices may be on the
+ *     CPU beside tensors of a device. Strides count elements; any strides on B, N, T and H are read in
  *     place, and on the K axis of a state; the last axis of size K or V must be contiguous (stride 1, or size at
  *     most 1). strides == NULL means compact row-major. An absent tensor is a NULL pointer.
  *   - q, k, v share one dtype: float32, float64, float16 or bfloat16; beta and g have that dtype or float32.
@@ -26,7 +27,9 @@
  *     for one instruction set level and build.
  *   - workspace: NULL (the library's own: up to 1 MiB is kept for the thread's next call, so that steps allocate
  *     nothing), or memory aligned to 64 bytes of at least the size that the *_workspace query of the same call
- *     returned. stream: NULL for CPU tensors.
+ *     returned; of a device, if the tensors are. stream: NULL for CPU tensors, else the cudaStream_t on which the work
+ *     is put; nothing waits for the device, and the calls can be captured in CUDA graphs. What only kernels can see, as
+ *     wrong values in cu_seqlens on a device, the next call reports as FWP_CUDA_ERROR.
  *   - Structs start with struct_size; set it with the FWP_..._INIT macros, so that fields can be added later. Fields
  *     beyond those that this version knows must be zero.
  */
@@ -312,7 +315,15 @@ FWP_API int fwp_cache_limit(size_t* bytes) FWP_NOEXCEPT;
 FWP_API size_t fwp_cache_idle(void) FWP_NOEXCEPT;
 FWP_API void fwp_empty_cache(void) FWP_NOEXCEPT;
 
-/* State of the CUDA back end in words, "available" if it can be used. */
+/* Memory of a CUDA device for tensors and workspaces, in the order of a stream, aligned to 256 bytes; contents
+ * unspecified. Up to FWP_CACHE_MB megabytes stay with the library's pool of that device. A failed allocation returns
+ * NULL and leaves a message. */
+FWP_API void* fwp_device_allocate(int device, size_t bytes, void* stream) FWP_NOEXCEPT;
+FWP_API void fwp_device_free(int device, void* memory, void* stream) FWP_NOEXCEPT;
+
+/* State of the CUDA back end, a library of its own that is opened at first use (libfwp_core_cuda beside this one, or
+ * FWP_CUDA_PLUGIN), in words: "available"; "emulated" on the host, for tests; else why it cannot be used, as "not
+ * built". */
 FWP_API const char* fwp_cuda_state(void) FWP_NOEXCEPT;
 
 #ifdef __cplusplus

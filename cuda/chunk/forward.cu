@@ -1,0 +1,3 @@
+#include "chunk.hpp"
+
+#include "launch_chunk.cuh"
