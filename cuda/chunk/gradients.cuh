@@ -17,7 +17,7 @@
 // so that every term has the factor e^{g_t}, and dg keeps its digits however strong the gate is.
 #pragma once
 
-#include "saved.cuh"
+#include "backward.cuh"
 
 namespace fwp::cuda::chunk {
 
@@ -47,9 +47,6 @@ FWP_DEVICE void for_each(int m, const F& f) {
   FWP_UNROLL for (int n = 0; n < kChunk / 8; ++n) {
     FWP_UNROLL for (int r = 0; r < 4; ++r) f(n, r, m + lane() / 4 + r / 2 * 8, 8 * n + 2 * (lane() % 4) + r % 2);
   }
-}
-FWP_DEVICE void clear(Scores& x) {
-  FWP_UNROLL for (int i = 0; i < kChunk / 2; ++i) x[i / 4][i % 4] = 0;
 }
 
 // x = A B^T, rows m.. of A, for blocks [begin, end) of 16 rows of B; zeros elsewhere.
@@ -140,9 +137,8 @@ template <int V>
 FWP_DEVICE float load_state(const SavedState& x, int column, Half* tile) {
   using Mine = Pieces<kStateColumns, V, kGradientThreads>;
   FWP_UNROLL for (int i = 0; i < Mine::count; ++i) {
-    const int v = Mine::row(i), valid = v < x.rows ? 16 : 0;
-    copy_async<16>(tile + at<kStateColumns>(v, Mine::column(i)),
-                   x.numbers + (valid > 0 ? v * x.stride + column + Mine::column(i) : 0), valid);
+    const int v = Mine::row(i), d = column + Mine::column(i), valid = v < x.rows && d < x.stride ? 16 : 0;
+    copy_async<16>(tile + at<kStateColumns>(v, d - column), x.numbers + (valid > 0 ? v * x.stride + d : 0), valid);
   }
   commit_copies();
   uint32_t most = 0;
@@ -153,7 +149,7 @@ FWP_DEVICE float load_state(const SavedState& x, int column, Half* tile) {
     const int v = Mine::row(i);
     if (v >= x.rows) continue;
     auto* const mine = reinterpret_cast<Quad*>(tile + at<kStateColumns>(v, Mine::column(i)));
-    const float factor = load_global(x.up + v) / up;  // of powers of two
+    const float factor = up > 0 ? load_global(x.up + v) / up : 0.0f;  // of powers of two
     Quad piece = load_shared(mine);
     FWP_UNROLL for (int j = 0; j < 4; ++j)
         piece.x[j] = pack_half(unpack_half(piece.x[j], 0) * factor, unpack_half(piece.x[j], 1) * factor);
@@ -168,10 +164,10 @@ FWP_DEVICE float dot_state(const SavedState& x, int column, const Half* tile) {
   using Mine = Pieces<kStateColumns, V, kGradientThreads>;
   float sum = 0;
   FWP_UNROLL for (int i = 0; i < Mine::count; ++i) {
-    const int v = Mine::row(i);
-    if (v >= x.rows) continue;
-    const Quad a = load_shared(reinterpret_cast<const Quad*>(tile + at<kStateColumns>(v, Mine::column(i))));
-    const Quad b = load_global(reinterpret_cast<const Quad*>(x.numbers + v * x.stride + column + Mine::column(i)));
+    const int v = Mine::row(i), d = column + Mine::column(i);
+    if (v >= x.rows || d >= x.stride) continue;
+    const Quad a = load_shared(reinterpret_cast<const Quad*>(tile + at<kStateColumns>(v, d - column)));
+    const Quad b = load_global(reinterpret_cast<const Quad*>(x.numbers + v * x.stride + d));
     float of_piece = 0;
     FWP_UNROLL for (int j = 0; j < 8; ++j) of_piece += unpack_half(a.x[j / 2], j % 2) * unpack_half(b.x[j / 2], j % 2);
     sum += of_piece * load_global(x.up + v);
@@ -184,19 +180,33 @@ FWP_DEVICE void store_result(const ChunkRows& to, int m, int column, const Score
   FWP_UNROLL for (int n = 0; n < kChunk / 8; ++n) store_fragment(to, m, column + 8 * n, x[n]);
 }
 
+// The one number of row i, rounded once.
+FWP_DEVICE void store_one(const ChunkRows& to, int i, float x) {
+  if (to.data != nullptr && i < to.count) store_number(Rows{to.data, to.dtype}, i * to.stride, x);
+}
+
 // --- The kernel ---
 
-// Grid: slots * H, heads of a slot side by side.
+// The sum over the lanes of a row of fragments.
+FWP_DEVICE float sum_row(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+// Grid: places, value tiles. Everything is linear in the sums over value columns; a tile has its part of it.
 template <bool predicts, int D, int V>
 FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
   const Problem& p = x.p;
-  const Place c = place_of_block(p, x.window, block_index_x());
-  if (!c.there || load_global(x.left + c.n * p.H + c.h) != 0) return;
+  const Place c = Place::at(p, x.window, block_index_x());
+  if (c.t0 >= c.s.length || load_global(x.left + c.n * p.H + c.h) != 0) return;
   auto& shared = *static_cast<GradientShared<predicts, D, V>*>(shared_memory());
 
-  const auto rows = [&](const Rows& from, int64_t columns) { return ChunkRows::of(from, c.s, c.t0, c.h, 0, columns); };
-  const ChunkRows q = rows(p.q, p.K), k = rows(p.k, p.K), d_o = rows(p.d_o, p.V);
-  const ChunkRows e = predicts ? x.E.rows(c.place) : rows(p.v, p.V), de = x.dE.rows(c.place);
+  const int64_t tile = block_index_y(), first = tile * V, last = first + V < p.V ? first + V : p.V;
+  const auto rows = [&](const Rows& from, int64_t begin, int64_t end) {
+    return ChunkRows::of(from, c.s, c.t0, c.h, begin, end);
+  };
+  const ChunkRows q = rows(p.q, 0, p.K), k = rows(p.k, 0, p.K), d_o = rows(p.d_o, first, last);
+  const ChunkRows e = predicts ? x.E.rows(c.index, first) : rows(p.v, first, last), de = x.dE.rows(c.index, first);
   copy_rows<D, kGradientThreads>(q, shared.q);
   copy_rows<D, kGradientThreads>(k, shared.k);
   copy_rows<V, kGradientThreads>(e, shared.e);
@@ -204,18 +214,18 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
   if constexpr (predicts) copy_rows<V, kGradientThreads>(de, shared.de);
   commit_copies();
   if (const int i = thread_index(); i < kChunk) {
-    const double G = x.prepared.G != nullptr ? load_global(x.prepared.G + c.place * kChunk + i) : 0;
+    const double G = x.prepared.G != nullptr ? load_global(x.prepared.G + c.index * kChunk + i) : 0;
     const float high = static_cast<float>(G);
     store_shared(shared.G[0] + i, high);
     store_shared(shared.G[1] + i, static_cast<float>(G - static_cast<double>(high)));
-    store_shared(shared.beta + i, beta_of(p, c.s, c.t0 + i, c.h));
+    store_shared(shared.beta + i, load_beta(p, c.s, c.t0 + i, c.h));
   }
   wait_copies<0>();
   scale_rows<D, kGradientThreads>(q, shared.q, shared.q_up);
   scale_rows<D, kGradientThreads>(k, shared.k, shared.k_up);
-  scale_rows<V, kGradientThreads>(e, shared.e, shared.e_up, predicts ? x.E.up(c.place) : nullptr);
+  scale_rows<V, kGradientThreads>(e, shared.e, shared.e_up, predicts ? x.E.up(c.index, first) : nullptr);
   scale_rows<V, kGradientThreads>(d_o, shared.d_o, shared.d_o_up);
-  if constexpr (predicts) scale_rows<V, kGradientThreads>(de, shared.de, shared.de_up, x.dE.up(c.place));
+  if constexpr (predicts) scale_rows<V, kGradientThreads>(de, shared.de, shared.de_up, x.dE.up(c.index, first));
   sync_block();
 
   const int w = warp(), m = 16 * w, g = lane() / 4;
@@ -277,7 +287,8 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
   }
   if (!(most < kInfinite)) raise(x.left + c.n * p.H + c.h);
 
-  const ChunkRows dq = x.result(p.dq, x.dq, c, p.K), dk = x.result(p.dk, x.dk, c, p.K);
+  const ChunkRows dq = x.dq.rows(p.dq, c, tile, 0, p.K), dk = x.dk.rows(p.dk, c, tile, 0, p.K);
+  const ChunkRows dbeta_rows = x.dbeta.rows(p.dbeta, c, tile, 0, 1), dg_rows = x.dg.rows(p.dg, c, tile, 0, 1);
   const float to_end = of(shared.G[0], kChunk - 1);
   float read_decay[2], written[2], reads[2] = {}, writes[2] = {}, carried = 0;
   FWP_UNROLL for (int r = 0; r < 2; ++r) {
@@ -294,7 +305,7 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
       FWP_UNROLL for (int r = 0; r < 2; ++r) to[r] += dots[r] * of(up, m + g + 8 * r);
     };
     sync_block();
-    float state_up = load_state<V>(x.S.of(c.place), column, shared.state);
+    float state_up = load_state<V>(x.S.of(c.index, first), column, shared.state);
     sync_block();
     times_state<V>(part, shared.d_o, shared.state, m);
     row_factors(shared.d_o_up, read_decay, scale * state_up);
@@ -312,8 +323,8 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
       clear(sum);
     }
     sync_block();
-    state_up = load_state<V>(x.D.of(c.place), column, shared.state);
-    if (p.dg.data != nullptr) carried += dot_state<V>(x.S.of(c.place), column, shared.state) * state_up;
+    state_up = load_state<V>(x.D.of(c.index, first), column, shared.state);
+    if (p.dg.data != nullptr) carried += dot_state<V>(x.S.of(c.index, first), column, shared.state) * state_up;
     sync_block();
     times_state<V>(part, shared.e, shared.state, m);
     row_factors(shared.e_up, written, state_up);
@@ -329,8 +340,7 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
     const int i = m + g + 8 * r;
     writes[r] = sum_row(writes[r]);
     const float all = sum_row(dbeta[r]) + writes[r];
-    if (p.dbeta.data != nullptr && lane() % 4 == 0 && c.t0 + i < c.s.length)
-      store_number(p.dbeta, row_at(p.dbeta, c.s, c.t0 + i, c.h), all);
+    if (lane() % 4 == 0) store_one(dbeta_rows, i, all);
   }
   if (p.dg.data == nullptr) return;
   FWP_UNROLL for (int r = 0; r < 2; ++r) {
@@ -344,12 +354,12 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
   if (lane() == 0) store_shared(shared.carried + w, carried);
   sync_block();
   const int t = thread_index();
-  if (t >= kChunk || c.t0 + t >= c.s.length) return;
+  if (t >= kChunk) return;
   float dg = 0;
   FWP_UNROLL for (int i = 0; i < kChunk / 16; ++i) dg += load_shared(shared.carried + i);
   dg = dg * exp2f(to_end) + between;
   for (int i = 0; i < kChunk; ++i) dg += load_shared((i < t ? shared.writes : shared.reads) + i);
-  store_number(p.dg, row_at(p.dg, c.s, c.t0 + t, c.h), dg);
+  store_one(dg_rows, t, dg);
 }
 
 }  // namespace fwp::cuda::chunk

@@ -7,7 +7,7 @@
 // Rules that do not predict: dV = diag(beta) dU, and no dE in D0.
 #pragma once
 
-#include "saved.cuh"
+#include "backward.cuh"
 
 namespace fwp::cuda::chunk {
 
@@ -92,8 +92,8 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
   const int64_t tiles = (p.V + kValueTile - 1) / kValueTile, block = block_index_x();
   const int64_t h = block / tiles % p.H, n = block / tiles / p.H;
   const Sequence s = sequence(p, n);
-  const Span span = chunks_in(p, x.window, n, s);
-  if (span.empty() || load_global(x.left + n * p.H + h) != 0) return;
+  const Span span = Span::of(p, x.window, n, s);
+  if (!span.here || load_global(x.left + n * p.H + h) != 0) return;
   const int64_t column = block % tiles * kValueTile + warp() * kColumns;
   const int64_t end_column = column + kColumns < p.V ? column + kColumns : p.V;
   auto& shared = *static_cast<ScanShared<channels>*>(shared_memory());
@@ -101,7 +101,7 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
 
   const auto keys = [&](int64_t c) { return ChunkRows::of(p.k, s, c * kChunk, h, 0, p.K); };
   const auto queries = [&](int64_t c) { return ChunkRows::of(p.q, s, c * kChunk, h, 0, p.K); };
-  const auto place = [&](int64_t c) { return place_of(p, x.window, s, span.slot + c, h); };
+  const auto place = [&](int64_t c) { return span.place(p, x.window, c, h); };
   const auto copy_keys = [&](int64_t c) {
     auto& stage = shared.stages[c % 2];
     copy_rows<channels, kScanThreads>(keys(c), stage.k);
@@ -120,13 +120,13 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
 
   float D[channels / 8][4];
   const bool last = span.end == span.chunks;
-  load_state<channels>(D, p, last ? p.d_hT : x.after, last ? n : s.b, h, column);
+  load_state<channels>(D, p, last ? p.d_hT : x.after, last ? n : span.axis, h, column);
   uint32_t most = 0;  // the largest magnitude of all operands
   bool finite = true;
   Token token;
   const auto begin_chunk = [&](int64_t c) {
     copy_keys(c);
-    token = load_token<predicts, gated>(p, x.prepared, s, place(c), c * kChunk, h);
+    token = load_token<predicts, gated>(p, x.prepared, s, c * kChunk, h, place(c));
   };
   if (span.begin < span.end) {
     begin_chunk(span.end - 1);
@@ -148,10 +148,10 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
     uint32_t D_a[channels / 16][4];
     Scale D_scale[2];
     most = larger(most, to_a(D_a, D_scale, D));
-    if (column < x.D.columns) x.D.of(place(c)).template store<channels>(static_cast<int>(column), D_a, D_scale);
+    if (column < x.D.columns) x.D.of(place(c), column).template store<channels>(D_a, D_scale);
     float y[8][4];
     most = larger(most, written_adjoints<channels, gated>(y, stage, static_cast<float>(p.scale), shared.P, shared.P_up,
-                                                          p.v.dtype, d_o_tile, D_a, D_scale));
+                                                          p.d_o.dtype, d_o_tile, D_a, D_scale));
     FWP_UNROLL for (int i = 0; i < 8; ++i) {
       float beta[2];
       load_tokens(beta, stage.beta, i);
@@ -159,14 +159,14 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
     }
     if constexpr (predicts) most = larger(most, solve_adjoint(y, stage, shared.T));
     if (p.dv.data != nullptr && column < p.V) {
-      const ChunkRows dv = x.result(p.dv, x.dv, s, c * kChunk, h, place(c), column, end_column);
+      const ChunkRows dv = x.dv.rows(p.dv, {place(c), n, h, c * kChunk, s}, 0, column, end_column);
       FWP_UNROLL for (int i = 0; i < 8; ++i) {
         float rounded[4] = {y[i][0], y[i][1], y[i][2], y[i][3]};
         store_turned(dv, 8 * i, rounded);
       }
     }
     if constexpr (predicts) {
-      if (column < x.dE.columns) x.dE.store(place(c), static_cast<int>(column), y);
+      if (column < x.dE.columns) x.dE.store(place(c), column, y);
     }
 
     const float decay_chunk = gated ? load_shared(&stage.decay_chunk) : 1.0f;
@@ -184,7 +184,7 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
   most = larger(most, row_scales(ignored, D));
   if (!finite || most >= kInfinite) raise(x.left + n * p.H + h);
   const bool first = span.begin == 0;
-  store_state<channels>(D, p, first ? p.dh0 : x.before, first ? n : s.b, h, column);
+  store_state<channels>(D, p, first ? p.dh0 : x.before, first ? n : span.axis, h, column);
 }
 
 }  // namespace fwp::cuda::chunk
