@@ -41,8 +41,9 @@ Backward take(Arena& arena, const Problem& p, const Window& window, int32_t* lef
   return x;
 }
 
-// The longest windows that fit.
-int64_t slots_of_window(const Problem& p) {
+// The longest windows that fit, or those that are asked for.
+int64_t slots_of_window(const Problem& p, int64_t asked) {
+  if (asked > 0) return std::min(slots_of_axis(p), asked);
   Arena one(nullptr);
   take(one, p, {0, 1}, nullptr);
   const auto fit = static_cast<int64_t>(kWindowBytes / std::max(one.bytes(), size_t{1}));
@@ -138,19 +139,19 @@ void run_gradients(const Backward& x, Queue& queue) {
 
 }  // namespace
 
-size_t backward_workspace(const Problem& p) {
+size_t backward_workspace(const Problem& p, int64_t window) {
   Arena arena(nullptr);
-  const int64_t slots = slots_of_axis(p), count = slots_of_window(p);
+  const int64_t slots = slots_of_axis(p), count = slots_of_window(p, window);
   take(arena, p, {0, count}, nullptr);
   Carried(arena, p, (slots + count - 1) / count);
   return arena.bytes();
 }
 
-void backward(const Problem& problem, void* workspace, int32_t* left, Queue& queue) {
+void backward(const Problem& problem, void* workspace, int32_t* left, Queue& queue, int64_t window) {
   Problem p = problem;
   p.hT = {};
   Arena arena(workspace);
-  const int64_t slots = slots_of_axis(p), count = slots_of_window(p), windows = (slots + count - 1) / count;
+  const int64_t slots = slots_of_axis(p), count = slots_of_window(p, window), windows = (slots + count - 1) / count;
   Backward x = take(arena, p, {0, count}, left);
   const Carried carried(arena, p, windows);
   clear_left(p, left, queue);
@@ -176,8 +177,7 @@ void backward(const Problem& problem, void* workspace, int32_t* left, Queue& que
     run_gradients(x, queue);
   }
 
-  const auto group = [](const Rows& rows) { return rows.data != nullptr ? rows.group : 1; };
-  const int64_t bundle = std::lcm(std::lcm(group(p.dq), group(p.dk)), group(p.dv));
+  const int64_t bundle = std::lcm(std::lcm(p.q.group, p.k.group), p.v.group);
   if (bundle > 1)
     queue.run("chunk flags", leave_bundles, {static_cast<unsigned>(p.N * (p.H / bundle))}, kWarpSize, 0, left, bundle);
 }
