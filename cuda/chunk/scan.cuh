@@ -51,13 +51,12 @@ struct Token {
 };
 
 template <bool predicts, bool gated>
-FWP_DEVICE Token load_token(const Scan& x, const Sequence& s, int64_t slot, int64_t t0, int64_t h) {
+FWP_DEVICE Token load_token(const Scan& x, int64_t beta, int tokens, int64_t place) {
   const int i = thread_index();
-  const int64_t place = (slot * x.p.H + h) * kChunk;
+  place *= kChunk;
   Token token;
   if (i >= kChunk) return token;
-  if (t0 + i < s.length)
-    token.beta = x.p.beta.data != nullptr ? load_number<float>(x.p.beta, row_at(x.p.beta, s, t0 + i, h)) : 1.0f;
+  if (i < tokens) token.beta = x.p.beta.data != nullptr ? load_number<float>(x.p.beta, beta + i * x.p.beta.t) : 1.0f;
   if constexpr (predicts) token.T_up = load_global(x.prepared.T_up + place + i);
   if constexpr (gated) {
     token.G = load_global(x.prepared.G + place + i);
@@ -154,11 +153,11 @@ FWP_DEVICE void save(const Scan& x, const Sequence& s, int64_t c, int64_t n, int
     if (lane() % 4 == 0) store_global(x.states_up + row + lane() / 4 + 8 * i, S_scale[i].up);
   }
   if constexpr (predicts) {
-    const int64_t left_columns = x.p.V - column, left = s.length - c * kChunk;
-    const ChunkRows rows{x.errors + (chunk * kChunk * x.p.H + h) * x.p.V + column, x.p.H * x.p.V,
-                         static_cast<int>(left < kChunk ? left : kChunk),
-                         static_cast<int>(left_columns < kColumns ? left_columns : kColumns), DType::f32,
-                         x.p.V % 4 == 0};
+    const int64_t left = x.p.V - column;
+    char* const at = reinterpret_cast<char*>(x.errors + (chunk * kChunk * x.p.H + h) * x.p.V + column);
+    const HeadRows rows{
+        at,         x.p.H * x.p.V, s.length - c * kChunk, static_cast<int>(left < kColumns ? left : kColumns),
+        DType::f32, x.p.V % 4 == 0};
     FWP_UNROLL for (int i = 0; i < 8; ++i) {
       float y[4] = {e[i][0], e[i][1], e[i][2], e[i][3]};
       store_turned(rows, 8 * i, y);
@@ -188,8 +187,8 @@ FWP_DEVICE void predict(float (&e)[8][4], const Stage& stage, DType dtype, const
       float k_up[2] = {}, decay[2] = {1, 1};
       if constexpr (predicts) load_tokens(k_up, stage.k_up, i);
       if constexpr (predicts && gated) load_tokens(decay, stage.decay, i);
-      FWP_UNROLL for (int r = 0; r < 4; ++r)
-          e[i][r] = predicts ? v[i - m][r] - e[i][r] * (k_up[r % 2] * decay[r % 2]) * S_scale[r / 2].up : v[i - m][r];
+      FWP_UNROLL for (int r = 0; r < 4; ++r) e[i][r] =
+          predicts ? v[i - m][r] - e[i][r] * (k_up[r % 2] * decay[r % 2]) * S_scale[r / 2].up : v[i - m][r];
     }
   }
 }
@@ -215,15 +214,14 @@ FWP_DEVICE uint32_t solve(float (&e)[8][4], const Stage& stage, const Half* T) {
 
 // O, a half of the chunk at a time, into rows of the output. U: with the scales of the keys.
 template <int D, bool gated, class Stage>
-FWP_DEVICE void read(const ChunkRows& o, const Stage& stage, float factor, const Half* P, const float* P_up,
+FWP_DEVICE void read(const HeadRows& o, const Stage& stage, float factor, const Half* P, const float* P_up,
                      const uint32_t (&S)[D / 16][4], const Scale (&S_scale)[2], const uint32_t (&U)[4][4],
                      const Scale (&U_scale)[2]) {
   FWP_UNROLL for (int half = 0; half < 2; ++half) {
     float before[4][4], inside[4][4];
     clear(before);
     clear(inside);
-    FWP_UNROLL for (int k = 0; k < D / 16; ++k)
-        multiply<D, Sum::along, 4>(before, S[k], stage.q, 32 * half, 16 * k);
+    FWP_UNROLL for (int k = 0; k < D / 16; ++k) multiply<D, Sum::along, 4>(before, S[k], stage.q, 32 * half, 16 * k);
     FWP_UNROLL for (int k = 0; k < 2 * half + 1; ++k)
         multiply<kChunk, Sum::along, 4>(inside, U[k], P, 32 * half, 16 * k);
     multiply<kChunk, Sum::along, 2>(inside + 2, U[2 * half + 1], P, 32 * half + 16, 32 * half + 16);
@@ -232,9 +230,9 @@ FWP_DEVICE void read(const ChunkRows& o, const Stage& stage, float factor, const
       load_tokens(q_up, stage.q_up, 4 * half + i);
       load_tokens(up, P_up, 4 * half + i);
       if constexpr (gated) load_tokens(decay, stage.decay, 4 * half + i);
-      FWP_UNROLL for (int r = 0; r < 4; ++r)
-          y[r] = (before[i][r] * decay[r % 2] * S_scale[r / 2].up + inside[i][r] * up[r % 2] * U_scale[r / 2].up) *
-                 (q_up[r % 2] * factor);
+      FWP_UNROLL for (int r = 0; r < 4; ++r) y[r] =
+          (before[i][r] * decay[r % 2] * S_scale[r / 2].up + inside[i][r] * up[r % 2] * U_scale[r / 2].up) *
+          (q_up[r % 2] * factor);
       store_turned(o, 32 * half + 8 * i, y);
     }
   }
@@ -262,53 +260,55 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
   const int64_t h = place / tiles % p.H, n = place / tiles / p.H;
   if (load_global(x.left + n * p.H + h) != 0) return;
   const Sequence s = sequence(p, n);
-  const int64_t slot = first_slot(p, n), chunks = (s.length + kChunk - 1) / kChunk, end = chunks < x.end ? chunks : x.end;
+  const int64_t chunks = (s.length + kChunk - 1) / kChunk, end = chunks < x.end ? chunks : x.end;
+  const int64_t first_place = fresh(first_slot(p, n) * p.H + h), beta = fresh(row_at(p.beta, s, 0, h));
   const int64_t column = place % tiles * kValueTile + warp() * kColumns;
   const int64_t end_column = column + kColumns < p.V ? column + kColumns : p.V;
   auto& shared = *static_cast<ScanShared<D>*>(shared_memory());
   Half* const v_tile = shared.v[warp()];
 
-  const auto keys = [&](int64_t c) { return ChunkRows::of(p.k, s, c * kChunk, h, 0, p.K); };
-  const auto queries = [&](int64_t c) { return ChunkRows::of(p.q, s, c * kChunk, h, 0, p.K); };
+  const auto keys = HeadRows::of(p.k, s, h, 0, p.K), queries = HeadRows::of(p.q, s, h, 0, p.K);
+  const auto values = HeadRows::of(p.v, s, h, column, end_column), o = HeadRows::of(p.o, s, h, column, end_column);
+  const auto tokens = [&](int64_t c) { return tokens_of_chunk(s, c); };
   const auto copy_keys = [&](int64_t c) {
     auto& stage = shared.stages[c % 2];
-    copy_rows<D, kScanThreads>(keys(c), stage.k);
-    if constexpr (output) copy_rows<D, kScanThreads>(queries(c), stage.q);
+    copy_rows<D, kScanThreads>(keys.from(c * kChunk, tokens(c)), stage.k);
+    if constexpr (output) copy_rows<D, kScanThreads>(queries.from(c * kChunk, tokens(c)), stage.q);
     commit_copies();
   };
   const auto copy_values = [&](int64_t c) {
-    copy_rows<kColumns, kWarpSize>(ChunkRows::of(p.v, s, c * kChunk, h, column, end_column), v_tile);
+    copy_rows<kColumns, kWarpSize>(values.from(c * kChunk, tokens(c)), v_tile);
     commit_copies();
   };
   const auto copy_T = [&](int64_t c) {
     if constexpr (predicts)
-      copy_tile<kChunk, kChunk, kScanThreads>(x.prepared.T + ((slot + c) * p.H + h) * kChunk * kChunk, shared.T);
+      copy_tile<kChunk, kChunk, kScanThreads>(x.prepared.T + (first_place + c * p.H) * kChunk * kChunk, shared.T);
     commit_copies();
   };
 
   float S[D / 8][4];
   load_state<D>(S, p, x.from, n, h, column);
   uint32_t most = 0;  // the largest magnitude of all operands
-  bool finite = true;
   Token token;
   if (x.first < end) {
     copy_keys(x.first);
     copy_values(x.first);
     copy_T(x.first);
-    token = load_token<predicts, gated>(x, s, slot + x.first, x.first * kChunk, h);
+    token = load_token<predicts, gated>(x, beta + x.first * kChunk * p.beta.t, tokens(x.first),
+                                        first_place + x.first * p.H);
   }
   for (int64_t c = x.first; c < end; ++c) {
     auto& stage = shared.stages[c % 2];
     wait_copies<0>();
-    if (!scale_rows<D, kScanThreads>(keys(c), stage.k, stage.k_up)) finite = false;
-    if constexpr (output) {
-      if (!scale_rows<D, kScanThreads>(queries(c), stage.q, stage.q_up)) finite = false;
-    }
+    most = larger(most, scale_rows<D, kScanThreads>(keys.from(c * kChunk, tokens(c)), stage.k, stage.k_up));
+    if constexpr (output)
+      most = larger(most, scale_rows<D, kScanThreads>(queries.from(c * kChunk, tokens(c)), stage.q, stage.q_up));
     store_token<gated>(stage, token);
     sync_block();  // the chunk is there, and the one before it is no longer needed
     if (c + 1 < end) {
       copy_keys(c + 1);
-      token = load_token<predicts, gated>(x, s, slot + c + 1, (c + 1) * kChunk, h);
+      token = load_token<predicts, gated>(x, beta + (c + 1) * kChunk * p.beta.t, tokens(c + 1),
+                                          first_place + (c + 1) * p.H);
     }
     if constexpr (output) most = larger(most, multiply_queries<D, gated>(stage, shared.P, shared.P_up));
 
@@ -324,34 +324,54 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
     sync_block();  // P is there, and T' is no longer needed
     if (c + 1 < end) copy_T(c + 1);
 
-    // U, and e^(G_C - G) U, with the scales of the keys' rows
-    uint32_t U[4][4];
-    Scale U_scale[2];
+    // U and W = e^(G_C - G) U, with the scales of the keys' rows
+    uint32_t U[4][4], W[4][4];
+    Scale U_scale[2], W_scale[2];
     FWP_UNROLL for (int i = 0; i < 8; ++i) {
-      float k_up[2], beta[2];
+      float k_up[2], strength[2];
       load_tokens(k_up, stage.k_up, i);
-      load_tokens(beta, stage.beta, i);
-      FWP_UNROLL for (int r = 0; r < 4; ++r) e[i][r] *= beta[r % 2] * k_up[r % 2];
+      load_tokens(strength, stage.beta, i);
+      FWP_UNROLL for (int r = 0; r < 4; ++r) e[i][r] *= strength[r % 2] * k_up[r % 2];
     }
-    if constexpr (output) {
-      most = larger(most, to_a(U, U_scale, e));
-      const auto o = ChunkRows::of(p.o, s, c * kChunk, h, column, end_column);
-      read<D, gated>(o, stage, static_cast<float>(p.scale), shared.P, shared.P_up, S_a, S_scale, U, U_scale);
-    }
+    if constexpr (output || !gated) most = larger(most, to_a(U, U_scale, e));
     if constexpr (gated) {
       FWP_UNROLL for (int i = 0; i < 8; ++i) {
         float decay_left[2];
         load_tokens(decay_left, stage.decay_left, i);
         FWP_UNROLL for (int r = 0; r < 4; ++r) e[i][r] *= decay_left[r % 2];
       }
+      most = larger(most, to_a(W, W_scale, e));
     }
-    if constexpr (gated || !output) most = larger(most, to_a(U, U_scale, e));
-    write<D>(S, stage, gated ? load_shared(&stage.decay_chunk) : 1.0f, U, U_scale);
+    if constexpr (output)
+      read<D, gated>(o.from(c * kChunk, tokens(c)), stage, static_cast<float>(p.scale), shared.P, shared.P_up, S_a,
+                     S_scale, U, U_scale);
+    if constexpr (gated)
+      write<D>(S, stage, load_shared(&stage.decay_chunk), W, W_scale);
+    else
+      write<D>(S, stage, 1.0f, U, U_scale);
   }
   Scale ignored[2];
   most = larger(most, row_scales(ignored, S));
-  if (!finite || most >= kInfinite) raise(x.left + n * p.H + h);
+  if (most >= kInfinite) raise(x.left + n * p.H + h);
   store_state<D>(S, p, x.to, n, h, column);
+}
+
+template <bool output>
+void run_scan(const Scan& x, Queue& queue) {
+  const Problem& p = x.p;
+  const int64_t blocks = (p.V + kValueTile - 1) / kValueTile * p.H * p.N;
+  const auto start = [&](auto size, auto predicts, auto gated) {
+    queue.run("chunk scan", scan<size(), predicts(), gated(), output>, {static_cast<unsigned>(blocks)}, kScanThreads,
+              sizeof(ScanShared<size()>), x);
+  };
+  with_size(p.K, [&](auto size) {
+    const std::true_type yes{};
+    const std::false_type no{};
+    if (p.rule == Rule::delta)
+      p.decay != Decay::none ? start(size, yes, yes) : start(size, yes, no);
+    else
+      p.decay != Decay::none ? start(size, no, yes) : start(size, no, no);
+  });
 }
 
 }  // namespace fwp::cuda::chunk

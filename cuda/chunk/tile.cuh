@@ -24,6 +24,12 @@
 
 namespace fwp::cuda::chunk {
 
+#ifdef __CUDACC__
+#define FWP_ROLLED _Pragma("unroll 1")
+#else
+#define FWP_ROLLED
+#endif
+
 constexpr int kChunk = 64;  // tokens
 
 FWP_DEVICE uint32_t bits_of(float x) {
@@ -35,6 +41,11 @@ FWP_DEVICE float float_of(uint32_t bits) {
   float x;
   memcpy(&x, &bits, 4);
   return x;
+}
+
+FWP_DEVICE int tokens_of_chunk(const Sequence& s, int64_t c) {
+  const int64_t left = s.length - c * kChunk;
+  return static_cast<int>(left < kChunk ? left : kChunk);
 }
 
 // --- Magnitudes and scales ---
@@ -81,25 +92,24 @@ FWP_DEVICE int at(int row, int column) {
   return row * D + ((column / 8) ^ (row / rows_per_line & mask)) * 8 + column % 8;
 }
 
-// Rows of an array in global memory, from the chunk's first token on: `count` tokens, `columns` numbers of each.
-struct ChunkRows {
-  void* data;
+// Tokens of an array in global memory that a head reads or writes: some of their columns.
+struct HeadRows {
+  char* data;
   int64_t stride;  // in numbers
   int count, columns;
   DType dtype;
-  bool wide;  // rows begin at multiples of 16 bytes
+  int wide;  // whether all rows begin at multiples of 16 bytes
 
-  FWP_DEVICE static ChunkRows of(const Rows& rows, const Sequence& s, int64_t t0, int64_t h, int64_t first_column,
-                                 int64_t end_column) {
-    const int64_t left = s.length - t0, size = rows.dtype == DType::f32 ? 4 : 2;
-    char* const data = static_cast<char*>(rows.data) + size * (row_at(rows, s, t0, h) + first_column);
+  // Of a whole sequence; from() says which of its tokens.
+  FWP_DEVICE static HeadRows of(const Rows& rows, const Sequence& s, int64_t h, int64_t first_column,
+                                int64_t end_column) {
+    const int64_t size = rows.dtype == DType::f32 ? 4 : 2;
+    char* const data = static_cast<char*>(rows.data) + size * (row_at(rows, s, 0, h) + first_column);
     const bool wide = (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(rows.t * size)) % 16 == 0;
-    return {data,
-            rows.t,
-            static_cast<int>(left < kChunk ? left : kChunk),
-            static_cast<int>(end_column - first_column),
-            rows.dtype,
-            wide};
+    return {fresh(data), rows.t, 0, fresh(static_cast<int>(end_column - first_column)), rows.dtype, fresh(int{wide})};
+  }
+  FWP_DEVICE HeadRows from(int64_t t, int tokens) const {
+    return {data + t * stride * (dtype == DType::f32 ? 4 : 2), stride, tokens, columns, dtype, wide};
   }
   // How many of the 8 numbers from a column on are there.
   FWP_DEVICE int valid(int row, int column) const {
@@ -107,24 +117,28 @@ struct ChunkRows {
     return left < 0 ? 0 : left < 8 ? left : 8;
   }
   template <class X>
-  FWP_DEVICE X* piece(int row, int column) const {
-    return static_cast<X*>(data) + row * stride + column;
+  FWP_DEVICE X* at(int row, int column) const {
+    return reinterpret_cast<X*>(data) + row * stride + column;
   }
 };
 
-// The pieces of a thread in a tile [rows][D] that the threads of a block, or of a warp (threads = 32), share.
+// The pieces of a thread in a tile [rows][D] that the threads of a block, or of a warp (threads = 32), share: of one
+// column, some rows apart.
 template <int D, int rows, int threads>
 struct Pieces {
-  static constexpr int count = rows * D / 8 / threads;
-  static_assert(count * threads * 8 == rows * D, "whole pieces for every thread");
-  FWP_DEVICE static int row(int i) { return (thread_index() % threads + i * threads) / (D / 8); }
-  FWP_DEVICE static int column(int i) { return (thread_index() % threads + i * threads) % (D / 8) * 8; }
+  static constexpr int count = rows * D / 8 / threads, step = threads / (D / 8);
+  static_assert(count * step == rows && step % 8 == 0, "pieces of every thread as far apart as the swizzle repeats");
+  int row, column;  // of the first
+  FWP_DEVICE static Pieces mine() {
+    const int thread = fresh(thread_index() % threads);
+    return {thread / (D / 8), thread % (D / 8) * 8};
+  }
+  FWP_DEVICE Half* in(Half* tile, int i) const { return tile + at<D>(row, column) + i * step * D; }
 };
 
 FWP_DEVICE float unpack(DType dtype, uint32_t two, int i) {
   return dtype == DType::f16 ? unpack_half(two, i) : unpack_bfloat(two, i);
 }
-
 FWP_DEVICE uint32_t pack(DType dtype, float lo, float hi) {
   return dtype == DType::f16 ? pack_half(lo, hi) : pack_bfloat(lo, hi);
 }
@@ -132,84 +146,105 @@ struct alignas(8) Two {
   uint32_t x[2];
 };
 
-// Begins to copy a chunk's rows of 16-bit numbers into a tile [64][D] as they are; rows and columns that are not there
-// become zeros. For each thread its pieces are there after commit_copies and wait_copies. Rows of float32 are left to
-// scale_rows.
+// Begins to copy the first 64 rows, of 16-bit numbers, into a tile [64][D] as they are; rows and columns that are not
+// there become zeros. For each thread its pieces are there after commit_copies and wait_copies. Rows of float32 are
+// left to scale_rows.
 template <int D, int threads>
-FWP_DEVICE void copy_rows(const ChunkRows& x, Half* tile) {
+FWP_DEVICE void copy_rows(const HeadRows& x, Half* tile) {
   using Mine = Pieces<D, kChunk, threads>;
+  const Mine mine = Mine::mine();
   if (x.dtype == DType::f32) return;
-  FWP_UNROLL for (int i = 0; i < Mine::count; ++i) {
-    const int row = Mine::row(i), column = Mine::column(i), valid = x.valid(row, column);
-    Half* const to = tile + at<D>(row, column);
-    if (x.wide) {
-      copy_async<16>(to, valid > 0 ? x.piece<Half>(row, column) : x.data, 2 * valid);
-      continue;
+  if (x.wide) {
+    FWP_UNROLL for (int i = 0; i < Mine::count; ++i) {
+      const int row = mine.row + i * Mine::step, valid = x.valid(row, mine.column);
+      copy_async<16>(mine.in(tile, i), valid > 0 ? x.at<char>(0, 0) + 2 * (row * x.stride + mine.column) : x.data,
+                     2 * valid);
     }
+    return;
+  }
+  FWP_ROLLED for (int i = 0; i < Mine::count; ++i) {
+    const int row = mine.row + i * Mine::step, valid = x.valid(row, mine.column);
     Quad piece = {};
     FWP_UNROLL for (int j = 0; j < 8; ++j) if (j < valid) piece.x[j / 2] |=
-        static_cast<uint32_t>(load_global(x.piece<Half>(row, column) + j).bits) << (16 * (j % 2));
-    store_shared(reinterpret_cast<Quad*>(to), piece);
+        static_cast<uint32_t>(load_global(x.at<Half>(row, mine.column) + j).bits) << (16 * (j % 2));
+    store_shared(reinterpret_cast<Quad*>(mine.in(tile, i)), piece);
   }
 }
 
-// Turns copied rows into float16 with a scale per row, in place, every thread its own pieces; scales [64]: what the
-// tile's rows are to be multiplied by. Returns whether all that this thread saw was finite. A barrier before others
-// read.
+// One piece of a row into a tile, with the scale of its row, which D / 8 lanes have together. Returns the row's largest
+// magnitude.
+template <int D>
+FWP_DEVICE uint32_t scale_piece(const float (&x)[8], Half* piece, float* row_scale, bool first) {
+  uint32_t most = 0;
+  FWP_UNROLL for (int j = 0; j < 8; ++j) most = larger(most, magnitude(x[j]));
+  most = largest<D / 8>(most);
+  const Scale scale = scale_for(most);
+  Quad halves;
+  FWP_UNROLL for (int j = 0; j < 4; ++j) halves.x[j] = pack_half(x[2 * j] * scale.down, x[2 * j + 1] * scale.down);
+  store_shared(reinterpret_cast<Quad*>(piece), halves);
+  if (first) store_shared(row_scale, scale.up);
+  return most;
+}
+
+// Turns copied rows into float16 with a scale per row, in place, every thread its own pieces; up [64]: what the tile's
+// rows are to be multiplied by. Returns the largest magnitude that this thread saw. A barrier before others read.
 template <int D, int threads>
-FWP_DEVICE bool scale_rows(const ChunkRows& x, Half* tile, float* scales) {
+FWP_DEVICE uint32_t scale_rows(const HeadRows& x, Half* tile, float* up) {
   using Mine = Pieces<D, kChunk, threads>;
-  bool finite = true;
-  FWP_UNROLL for (int i = 0; i < Mine::count; ++i) {
-    const int row = Mine::row(i), column = Mine::column(i);
-    auto* const mine = reinterpret_cast<Quad*>(tile + at<D>(row, column));
-    float y[8] = {};
-    if (x.dtype == DType::f32) {
-      const int valid = x.valid(row, column);
+  const Mine mine = Mine::mine();
+  uint32_t most = 0;
+  if (x.dtype == DType::f32) {
+    FWP_ROLLED for (int i = 0; i < Mine::count; ++i) {
+      const int row = mine.row + i * Mine::step, valid = x.valid(row, mine.column);
+      float y[8] = {};
       if (x.wide && valid == 8) {
-        FWP_UNROLL for (int j = 0; j < 2; ++j) {
-          const Quad four = load_global(x.piece<Quad>(0, 0) + (row * x.stride + column) / 4 + j);
-          FWP_UNROLL for (int i4 = 0; i4 < 4; ++i4) y[4 * j + i4] = float_of(four.x[i4]);
+        FWP_UNROLL for (int j = 0; j < 8; j += 4) {
+          const Quad four = load_global(reinterpret_cast<const Quad*>(x.at<float>(row, mine.column + j)));
+          FWP_UNROLL for (int l = 0; l < 4; ++l) y[j + l] = float_of(four.x[l]);
         }
       } else {
-        FWP_UNROLL for (int j = 0; j < 8; ++j) if (j < valid) y[j] = load_global(x.piece<float>(row, column) + j);
+        FWP_UNROLL for (int j = 0; j < 8; ++j) if (j < valid) y[j] = load_global(x.at<float>(row, mine.column) + j);
       }
-    } else {
-      const Quad piece = load_shared(mine);
-      FWP_UNROLL for (int j = 0; j < 8; ++j) y[j] = unpack(x.dtype, piece.x[j / 2], j % 2);
+      most = larger(most, scale_piece<D>(y, mine.in(tile, i), up + row, mine.column == 0));
     }
-    uint32_t largest_here = 0;
-    FWP_UNROLL for (int j = 0; j < 8; ++j) largest_here = larger(largest_here, magnitude(y[j]));
-    largest_here = largest<D / 8>(largest_here);
-    finite &= largest_here < kInfinite;
-    const Scale scale = scale_for(largest_here);
-    Quad piece;
-    FWP_UNROLL for (int j = 0; j < 4; ++j) piece.x[j] = pack_half(y[2 * j] * scale.down, y[2 * j + 1] * scale.down);
-    store_shared(mine, piece);
-    if (column == 0) store_shared(scales + row, scale.up);
+    return most;
   }
-  return finite;
+  const auto scale = [&](auto unpack_one) {
+    FWP_UNROLL for (int i = 0; i < Mine::count; ++i) {
+      const Quad piece = load_shared(reinterpret_cast<const Quad*>(mine.in(tile, i)));
+      float y[8];
+      FWP_UNROLL for (int j = 0; j < 8; ++j) y[j] = unpack_one(piece.x[j / 2], j % 2);
+      const int row = mine.row + i * Mine::step;
+      most = larger(most, scale_piece<D>(y, mine.in(tile, i), up + row, mine.column == 0));
+    }
+  };
+  if (x.dtype == DType::f16)
+    scale([](uint32_t two, int i) { return unpack_half(two, i); });
+  else
+    scale([](uint32_t two, int i) { return unpack_bfloat(two, i); });
+  return most;
 }
 
 // Begins to copy a dense tile [rows][D] of float16 numbers, 16-byte aligned.
 template <int D, int rows, int threads>
 FWP_DEVICE void copy_tile(const Half* from, Half* tile) {
   using Mine = Pieces<D, rows, threads>;
+  const Mine mine = Mine::mine();
   FWP_UNROLL for (int i = 0; i < Mine::count; ++i)
-      copy_async<16>(tile + at<D>(Mine::row(i), Mine::column(i)), from + Mine::row(i) * D + Mine::column(i));
+      copy_async<16>(mine.in(tile, i), from + (mine.row + i * Mine::step) * D + mine.column);
 }
 
 // --- Fragments and products ---
 
-// Where the lanes begin to load 16x16 numbers: matrices in the order (0,0) (8,0) (0,8) (8,8), or (0,0) (0,8) (8,0)
-// (8,8).
+// Where the lanes begin to load 16x16 numbers, in the order (0,0) (8,0) (0,8) (8,8) or (0,0) (0,8) (8,0) (8,8) of 8x8
+// matrices; rows and columns in whole sixteens, rows of tiles of 16 columns in whole eights.
 template <int D>
 FWP_DEVICE const Half* down_first(const Half* tile, int row, int column) {
-  return tile + at<D>(row + lane() % 16, column + lane() / 16 * 8);
+  return tile + (fresh(at<D>(lane() % 16, lane() / 16 * 8)) ^ column) + row * D;
 }
 template <int D>
 FWP_DEVICE const Half* right_first(const Half* tile, int row, int column) {
-  return tile + at<D>(row + lane() % 8 + lane() / 16 * 8, column + lane() / 8 % 2 * 8);
+  return tile + (fresh(at<D>(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2 * 8)) ^ column) + row * D;
 }
 
 // How an operand lies in its tile: the summed index runs along rows (A as [m][k], B as [n][k]) or down columns (A as
@@ -271,9 +306,10 @@ FWP_DEVICE uint32_t to_a(uint32_t (&a)[N / 2][4], Scale (&scale)[2], const float
 // d[16][8] into rows m.. and columns n.. of a tile, rows divided by their scale.
 template <int D>
 FWP_DEVICE void store_rows(Half* tile, int m, int n, const float (&d)[4], const Scale (&scale)[2]) {
+  Half* const to = tile + (fresh(at<D>(lane() / 4, 2 * (lane() % 4))) ^ n) + m * D;
   FWP_UNROLL for (int i = 0; i < 2; ++i) {
-    Half* const to = tile + at<D>(m + lane() / 4 + 8 * i, n + 2 * (lane() % 4));
-    store_shared(reinterpret_cast<uint32_t*>(to), pack_half(d[2 * i] * scale[i].down, d[2 * i + 1] * scale[i].down));
+    const uint32_t two = pack_half(d[2 * i] * scale[i].down, d[2 * i + 1] * scale[i].down);
+    store_shared(reinterpret_cast<uint32_t*>(to + 8 * i * D), two);
   }
 }
 
@@ -289,9 +325,7 @@ FWP_DEVICE void store_a(Half* rows, int stride, int k, const uint32_t (&a)[4]) {
 
 template <int N>
 FWP_DEVICE void clear(float (&d)[N][4]) {
-  FWP_UNROLL for (int n = 0; n < N; ++n) {
-    FWP_UNROLL for (int r = 0; r < 4; ++r) d[n][r] = 0;
-  }
+  FWP_UNROLL for (int n = 0; n < N; ++n) { FWP_UNROLL for (int r = 0; r < 4; ++r) d[n][r] = 0; }
 }
 
 // Two neighbouring numbers in shared memory.
@@ -321,14 +355,14 @@ FWP_DEVICE void turn(float& first, float& second) {
 }
 
 // d = X^T [16][8] into rows, tokens from `row` on, of an array: rounded once, what is not there left out.
-FWP_DEVICE void store_turned(const ChunkRows& x, int row, float (&d)[4]) {
+FWP_DEVICE void store_turned(const HeadRows& x, int row, float (&d)[4]) {
   const int g = lane() / 4, token = row + 2 * (lane() % 4) + g % 2;
   turn(d[0], d[1]);
   turn(d[2], d[3]);
   if (x.dtype == DType::f32) {
     FWP_UNROLL for (int i = 0; i < 2; ++i) {
       const int column = g / 2 * 2 + 8 * i, valid = x.valid(token, column);
-      float* const to = x.piece<float>(token, column);
+      float* const to = x.at<float>(token, column);
       if (x.wide && valid > 1) {
         store_global(reinterpret_cast<Two*>(to), Two{{bits_of(d[2 * i]), bits_of(d[2 * i + 1])}});
       } else {
@@ -343,7 +377,7 @@ FWP_DEVICE void store_turned(const ChunkRows& x, int row, float (&d)[4]) {
   const uint32_t other = shuffle_xor(odd ? left : right, 8);
   const Two four = odd ? Two{{other, right}} : Two{{left, other}};
   const int column = g / 4 * 4 + (odd ? 8 : 0), valid = x.valid(token, column);
-  Half* const to = x.piece<Half>(token, column);
+  Half* const to = x.at<Half>(token, column);
   if (x.wide && valid > 3) {
     store_global(reinterpret_cast<Two*>(to), four);
   } else {

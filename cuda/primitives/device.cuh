@@ -14,6 +14,15 @@ FWP_DEVICE unsigned block_index_y() { return blockIdx.y; }
 FWP_DEVICE unsigned block_index_z() { return blockIdx.z; }
 FWP_DEVICE int lane() { return thread_index() % kWarpSize; }
 FWP_DEVICE int warp() { return thread_index() / kWarpSize; }
+template <class T>
+FWP_DEVICE T fresh(T x) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one or two registers");
+  if constexpr (sizeof(T) == 4)
+    asm volatile("" : "+r"(x));
+  else
+    asm volatile("" : "+l"(x));
+  return x;
+}
 
 FWP_DEVICE void* shared_memory() {
   extern __shared__ __align__(16) unsigned char fwp_shared[];

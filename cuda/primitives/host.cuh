@@ -23,6 +23,10 @@ inline unsigned block_index_y() { return simt::block_index().y; }
 inline unsigned block_index_z() { return simt::block_index().z; }
 inline int lane() { return thread_index() % kWarpSize; }
 inline int warp() { return thread_index() / kWarpSize; }
+template <class T>
+T fresh(T x) {
+  return x;
+}
 inline void* shared_memory() { return simt::shared_memory(); }
 
 inline void sync_block(FWP_CALLER) { simt::sync_block(FWP_AT("sync_block")); }

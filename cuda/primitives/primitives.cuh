@@ -5,6 +5,8 @@
 //   FWP_PARAMETER                            before the type of a struct that is a kernel's parameter
 //   thread_index() block_index_x() .. block_threads() lane() warp()
 //   shared_memory()                          dynamic shared memory of the block, aligned to 16 bytes
+//   fresh(x)                                 x, an integer or a pointer, hidden from the compiler: in a loop, what
+//                                            follows from it is computed again instead of kept in registers
 //   sync_block() sync_warp()
 //   load_shared(p) store_shared(p, x) load_global(p) store_global(p, x)     p aligned to sizeof x: 2, 4, 8 or 16 bytes
 //   raise(flag)                              *flag = 1, by any number of threads; for kernels after this one to read
