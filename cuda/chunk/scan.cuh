@@ -31,7 +31,7 @@ struct Scan {
 
 template <int D>
 struct ScanShared {
-  struct Stage {  // a chunk while the one before it is worked on
+  struct alignas(128) Stage {  // a chunk while the one before it is worked on
     Half k[kChunk * D], q[kChunk * D];
     float k_up[kChunk], q_up[kChunk];
     float beta[kChunk], T_up[kChunk];
