@@ -127,8 +127,8 @@ void run_gradients(const Backward& x, Queue& queue) {
   const auto add = [&](const Rows& rows, const Parts& parts) {
     if (parts.numbers == nullptr) return;
     queue.run("chunk sums", add_parts,
-              {static_cast<unsigned>(axes(p) * x.window.count), static_cast<unsigned>(p.H / rows.group)}, kThreads, 0, p,
-              x.window, rows, parts);
+              {static_cast<unsigned>(axes(p) * x.window.count), static_cast<unsigned>(p.H / rows.group)}, kThreads, 0,
+              p, x.window, rows, parts);
   };
   add(p.dq, x.dq);
   add(p.dk, x.dk);

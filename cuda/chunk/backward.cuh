@@ -16,15 +16,11 @@ struct Parts {
     return {arena.take<float>(places * tiles * kChunk * size), tiles, size};
   }
   // Where columns [begin, end) of a chunk and head go; data == nullptr: nowhere.
-  FWP_DEVICE ChunkRows rows(const Rows& final_rows, const Place& c, int64_t tile, int64_t begin, int64_t end) const {
-    if (final_rows.data == nullptr) return {};
-    ChunkRows to = ChunkRows::of(final_rows, c.s, c.t0, c.h, begin, end);
-    if (numbers == nullptr) return to;
-    to.data = numbers + (c.index * tiles + tile) * kChunk * size + begin;
-    to.stride = size;
-    to.dtype = DType::f32;
-    to.wide = size % 4 == 0;
-    return to;
+  FWP_DEVICE HeadRows rows(const Rows& sums, const Place& c, int64_t tile, int64_t begin, int64_t end) const {
+    if (sums.data == nullptr) return {};
+    if (numbers == nullptr) return HeadRows::of(sums, c.s, c.h, begin, end).from(c.t0, c.tokens());
+    float* const to = numbers + (c.index * tiles + tile) * kChunk * size + begin;
+    return {reinterpret_cast<char*>(to), size, c.tokens(), static_cast<int>(end - begin), DType::f32, size % 4 == 0};
   }
 };
 

@@ -7,7 +7,8 @@
 //
 //   dq_i = s e^{G_i} S0 dO_i + sum_j z_ij k_j
 //   dk_i = -e^{G_i} S0 dE_i + e^{G_C-G_i} beta_i D E_i + sum_j z_ji q_j + sum_j (y_ij + y_ji) k_j
-//   dbeta_i beta_i = e^{G_C-G_i} beta_i k_i.(D E_i) + sum_j (z_ji q_j.k_i + y_ji k_j.k_i)     divided before it is added
+//   dbeta_i beta_i = e^{G_C-G_i} beta_i k_i.(D E_i) + sum_j (z_ji q_j.k_i + y_ji k_j.k_i)     divided before it is
+//   added
 //
 // A gate g_t decays what goes from tokens before t to tokens from t on, and nothing else:
 //
@@ -125,8 +126,7 @@ FWP_DEVICE void sum_between(const Scores& x, int m, int end, float* sums) {
         FWP_UNROLL for (int c = 0; c < 2; ++c) sum[c] += shuffle_xor(sum[c], mask);
       }
     }
-    if (lane() < 4)
-      store_shared(reinterpret_cast<Two*>(sums + 8 * n + 2 * t), Two{{bits_of(sum[0]), bits_of(sum[1])}});
+    if (lane() < 4) store_shared(reinterpret_cast<Two*>(sums + 8 * n + 2 * t), Two{{bits_of(sum[0]), bits_of(sum[1])}});
   }
 }
 
@@ -136,9 +136,12 @@ FWP_DEVICE void sum_between(const Scores& x, int m, int end, float* sums) {
 template <int V>
 FWP_DEVICE float load_state(const SavedState& x, int column, Half* tile) {
   using Mine = Pieces<kStateColumns, V, kGradientThreads>;
+  const Mine mine = Mine::mine();
+  const Half* const from = x.numbers + mine.row * x.stride + column + mine.column;
+  const int rows = column + mine.column < x.stride ? x.rows : 0;
   FWP_UNROLL for (int i = 0; i < Mine::count; ++i) {
-    const int v = Mine::row(i), d = column + Mine::column(i), valid = v < x.rows && d < x.stride ? 16 : 0;
-    copy_async<16>(tile + at<kStateColumns>(v, d - column), x.numbers + (valid > 0 ? v * x.stride + d : 0), valid);
+    const bool there = mine.row + i * Mine::step < rows;
+    copy_async<16>(mine.in(tile, i), there ? from + i * Mine::step * x.stride : x.numbers, there ? 16 : 0);
   }
   commit_copies();
   uint32_t most = 0;
@@ -146,43 +149,44 @@ FWP_DEVICE float load_state(const SavedState& x, int column, Half* tile) {
   const float up = float_of(largest<kWarpSize>(most));
   wait_copies<0>();
   FWP_UNROLL for (int i = 0; i < Mine::count; ++i) {
-    const int v = Mine::row(i);
-    if (v >= x.rows) continue;
-    auto* const mine = reinterpret_cast<Quad*>(tile + at<kStateColumns>(v, Mine::column(i)));
-    const float factor = up > 0 ? load_global(x.up + v) / up : 0.0f;  // of powers of two
-    Quad piece = load_shared(mine);
-    FWP_UNROLL for (int j = 0; j < 4; ++j)
-        piece.x[j] = pack_half(unpack_half(piece.x[j], 0) * factor, unpack_half(piece.x[j], 1) * factor);
-    store_shared(mine, piece);
+    if (mine.row + i * Mine::step >= rows || up == 0) continue;
+    const float factor = load_global(x.up + mine.row + i * Mine::step) / up;  // of powers of two
+    auto* const piece = reinterpret_cast<Quad*>(mine.in(tile, i));
+    Quad x8 = load_shared(piece);
+    FWP_UNROLL for (int j = 0; j < 4; ++j) x8.x[j] =
+        pack_half(unpack_half(x8.x[j], 0) * factor, unpack_half(x8.x[j], 1) * factor);
+    store_shared(piece, x8);
   }
   return up;
 }
 
 // This thread's part of the products of a saved state's numbers with those of a tile that load_state has made.
 template <int V>
-FWP_DEVICE float dot_state(const SavedState& x, int column, const Half* tile) {
+FWP_DEVICE float dot_state(const SavedState& x, int column, Half* tile) {
   using Mine = Pieces<kStateColumns, V, kGradientThreads>;
+  const Mine mine = Mine::mine();
+  const Half* const from = x.numbers + mine.row * x.stride + column + mine.column;
+  const int rows = column + mine.column < x.stride ? x.rows : 0;
   float sum = 0;
   FWP_UNROLL for (int i = 0; i < Mine::count; ++i) {
-    const int v = Mine::row(i), d = column + Mine::column(i);
-    if (v >= x.rows || d >= x.stride) continue;
-    const Quad a = load_shared(reinterpret_cast<const Quad*>(tile + at<kStateColumns>(v, d - column)));
-    const Quad b = load_global(reinterpret_cast<const Quad*>(x.numbers + v * x.stride + d));
-    float of_piece = 0;
-    FWP_UNROLL for (int j = 0; j < 8; ++j) of_piece += unpack_half(a.x[j / 2], j % 2) * unpack_half(b.x[j / 2], j % 2);
-    sum += of_piece * load_global(x.up + v);
+    if (mine.row + i * Mine::step >= rows) continue;
+    const Quad a = load_shared(reinterpret_cast<const Quad*>(mine.in(tile, i)));
+    const Quad b = load_global(reinterpret_cast<const Quad*>(from + i * Mine::step * x.stride));
+    float part = 0;
+    FWP_UNROLL for (int j = 0; j < 8; ++j) part += unpack_half(a.x[j / 2], j % 2) * unpack_half(b.x[j / 2], j % 2);
+    sum += part * load_global(x.up + mine.row + i * Mine::step);
   }
   return sum;
 }
 
 // x[16][64] into rows m.. and columns from `column` on, rounded once.
-FWP_DEVICE void store_result(const ChunkRows& to, int m, int column, const Scores& x) {
+FWP_DEVICE void store_result(const HeadRows& to, int m, int column, const Scores& x) {
   FWP_UNROLL for (int n = 0; n < kChunk / 8; ++n) store_fragment(to, m, column + 8 * n, x[n]);
 }
 
 // The one number of row i, rounded once.
-FWP_DEVICE void store_one(const ChunkRows& to, int i, float x) {
-  if (to.data != nullptr && i < to.count) store_number(Rows{to.data, to.dtype}, i * to.stride, x);
+FWP_DEVICE void store_one(const HeadRows& to, int i, float x) {
+  if (to.data != nullptr && i < to.count) store_number(Rows{to.data, to.dtype, 0, 0, 0, 1}, i * to.stride, x);
 }
 
 // --- The kernel ---
@@ -203,10 +207,10 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
 
   const int64_t tile = block_index_y(), first = tile * V, last = first + V < p.V ? first + V : p.V;
   const auto rows = [&](const Rows& from, int64_t begin, int64_t end) {
-    return ChunkRows::of(from, c.s, c.t0, c.h, begin, end);
+    return HeadRows::of(from, c.s, c.h, begin, end).from(c.t0, c.tokens());
   };
-  const ChunkRows q = rows(p.q, 0, p.K), k = rows(p.k, 0, p.K), d_o = rows(p.d_o, first, last);
-  const ChunkRows e = predicts ? x.E.rows(c.index, first) : rows(p.v, first, last), de = x.dE.rows(c.index, first);
+  const HeadRows q = rows(p.q, 0, p.K), k = rows(p.k, 0, p.K), d_o = rows(p.d_o, first, last);
+  const HeadRows e = predicts ? x.E.rows(c.index, first) : rows(p.v, first, last), de = x.dE.rows(c.index, first);
   copy_rows<D, kGradientThreads>(q, shared.q);
   copy_rows<D, kGradientThreads>(k, shared.k);
   copy_rows<V, kGradientThreads>(e, shared.e);
@@ -218,7 +222,9 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
     const float high = static_cast<float>(G);
     store_shared(shared.G[0] + i, high);
     store_shared(shared.G[1] + i, static_cast<float>(G - static_cast<double>(high)));
-    store_shared(shared.beta + i, load_beta(p, c.s, c.t0 + i, c.h));
+    float beta = i < c.tokens() ? 1.0f : 0.0f;
+    if (i < c.tokens() && p.beta.data != nullptr) beta = load_number<float>(p.beta, row_at(p.beta, c.s, c.t0 + i, c.h));
+    store_shared(shared.beta + i, beta);
   }
   wait_copies<0>();
   scale_rows<D, kGradientThreads>(q, shared.q, shared.q_up);
@@ -287,8 +293,8 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
   }
   if (!(most < kInfinite)) raise(x.left + c.n * p.H + c.h);
 
-  const ChunkRows dq = x.dq.rows(p.dq, c, tile, 0, p.K), dk = x.dk.rows(p.dk, c, tile, 0, p.K);
-  const ChunkRows dbeta_rows = x.dbeta.rows(p.dbeta, c, tile, 0, 1), dg_rows = x.dg.rows(p.dg, c, tile, 0, 1);
+  const HeadRows dq = x.dq.rows(p.dq, c, tile, 0, p.K), dk = x.dk.rows(p.dk, c, tile, 0, p.K);
+  const HeadRows dbeta_rows = x.dbeta.rows(p.dbeta, c, tile, 0, 1), dg_rows = x.dg.rows(p.dg, c, tile, 0, 1);
   const float to_end = of(shared.G[0], kChunk - 1);
   float read_decay[2], written[2], reads[2] = {}, writes[2] = {}, carried = 0;
   FWP_UNROLL for (int r = 0; r < 2; ++r) {

@@ -62,9 +62,7 @@ FWP_DEVICE uint32_t solve_adjoint(float (&x)[8][4], const Stage& stage, const Ha
   const uint32_t most = to_a(a, scale, x);
   clear(x);
   multiply_lower(x, a, T);
-  FWP_UNROLL for (int i = 0; i < 8; ++i) {
-    FWP_UNROLL for (int r = 0; r < 4; ++r) x[i][r] *= scale[r / 2].up;
-  }
+  FWP_UNROLL for (int i = 0; i < 8; ++i) { FWP_UNROLL for (int r = 0; r < 4; ++r) x[i][r] *= scale[r / 2].up; }
   return most;
 }
 
@@ -99,34 +97,35 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
   auto& shared = *static_cast<ScanShared<channels>*>(shared_memory());
   Half* const d_o_tile = shared.v[warp()];
 
-  const auto keys = [&](int64_t c) { return ChunkRows::of(p.k, s, c * kChunk, h, 0, p.K); };
-  const auto queries = [&](int64_t c) { return ChunkRows::of(p.q, s, c * kChunk, h, 0, p.K); };
-  const auto place = [&](int64_t c) { return span.place(p, x.window, c, h); };
+  const int64_t first_place = fresh(span.place(p, x.window, 0, h)), beta = fresh(row_at(p.beta, s, 0, h));
+  const auto keys = HeadRows::of(p.k, s, h, 0, p.K), queries = HeadRows::of(p.q, s, h, 0, p.K);
+  const auto d_o = HeadRows::of(p.d_o, s, h, column, end_column);
+  const auto tokens = [&](int64_t c) { return tokens_of_chunk(s, c); };
   const auto copy_keys = [&](int64_t c) {
     auto& stage = shared.stages[c % 2];
-    copy_rows<channels, kScanThreads>(keys(c), stage.k);
-    copy_rows<channels, kScanThreads>(queries(c), stage.q);
+    copy_rows<channels, kScanThreads>(keys.from(c * kChunk, tokens(c)), stage.k);
+    copy_rows<channels, kScanThreads>(queries.from(c * kChunk, tokens(c)), stage.q);
     commit_copies();
   };
   const auto copy_adjoints = [&](int64_t c) {
-    copy_rows<kColumns, kWarpSize>(ChunkRows::of(p.d_o, s, c * kChunk, h, column, end_column), d_o_tile);
+    copy_rows<kColumns, kWarpSize>(d_o.from(c * kChunk, tokens(c)), d_o_tile);
     commit_copies();
   };
   const auto copy_T = [&](int64_t c) {
     if constexpr (predicts)
-      copy_tile<kChunk, kChunk, kScanThreads>(x.prepared.T + place(c) * kChunk * kChunk, shared.T);
+      copy_tile<kChunk, kChunk, kScanThreads>(x.prepared.T + (first_place + c * p.H) * kChunk * kChunk, shared.T);
     commit_copies();
   };
 
   float D[channels / 8][4];
-  const bool last = span.end == span.chunks;
+  const bool first = span.begin == 0, last = span.end == span.chunks;
   load_state<channels>(D, p, last ? p.d_hT : x.after, last ? n : span.axis, h, column);
   uint32_t most = 0;  // the largest magnitude of all operands
-  bool finite = true;
   Token token;
   const auto begin_chunk = [&](int64_t c) {
     copy_keys(c);
-    token = load_token<predicts, gated>(p, x.prepared, s, c * kChunk, h, place(c));
+    token =
+        load_token<predicts, gated>(p.beta, beta + c * kChunk * p.beta.t, tokens(c), x.prepared, first_place + c * p.H);
   };
   if (span.begin < span.end) {
     begin_chunk(span.end - 1);
@@ -135,10 +134,11 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
   }
   for (int64_t c = span.end - 1; c >= span.begin; --c) {
     const bool more = c > span.begin;
+    const int64_t place = first_place + c * p.H;
     auto& stage = shared.stages[c % 2];
     wait_copies<0>();
-    if (!scale_rows<channels, kScanThreads>(keys(c), stage.k, stage.k_up)) finite = false;
-    if (!scale_rows<channels, kScanThreads>(queries(c), stage.q, stage.q_up)) finite = false;
+    most = larger(most, scale_rows<channels, kScanThreads>(keys.from(c * kChunk, tokens(c)), stage.k, stage.k_up));
+    most = larger(most, scale_rows<channels, kScanThreads>(queries.from(c * kChunk, tokens(c)), stage.q, stage.q_up));
     store_token<gated>(stage, token);
     sync_block();  // the chunk is there, and the one after it is no longer needed
     if (more) begin_chunk(c - 1);
@@ -148,25 +148,25 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
     uint32_t D_a[channels / 16][4];
     Scale D_scale[2];
     most = larger(most, to_a(D_a, D_scale, D));
-    if (column < x.D.columns) x.D.of(place(c), column).template store<channels>(D_a, D_scale);
+    if (column < x.D.columns) x.D.of(place, column).template store<channels>(D_a, D_scale);
     float y[8][4];
     most = larger(most, written_adjoints<channels, gated>(y, stage, static_cast<float>(p.scale), shared.P, shared.P_up,
                                                           p.d_o.dtype, d_o_tile, D_a, D_scale));
     FWP_UNROLL for (int i = 0; i < 8; ++i) {
-      float beta[2];
-      load_tokens(beta, stage.beta, i);
-      FWP_UNROLL for (int r = 0; r < 4; ++r) y[i][r] *= beta[r % 2];
+      float strength[2];
+      load_tokens(strength, stage.beta, i);
+      FWP_UNROLL for (int r = 0; r < 4; ++r) y[i][r] *= strength[r % 2];
     }
     if constexpr (predicts) most = larger(most, solve_adjoint(y, stage, shared.T));
     if (p.dv.data != nullptr && column < p.V) {
-      const ChunkRows dv = x.dv.rows(p.dv, {place(c), n, h, c * kChunk, s}, 0, column, end_column);
+      const HeadRows dv = x.dv.rows(p.dv, {place, n, h, c * kChunk, s}, 0, column, end_column);
       FWP_UNROLL for (int i = 0; i < 8; ++i) {
         float rounded[4] = {y[i][0], y[i][1], y[i][2], y[i][3]};
         store_turned(dv, 8 * i, rounded);
       }
     }
     if constexpr (predicts) {
-      if (column < x.dE.columns) x.dE.store(place(c), column, y);
+      if (column < x.dE.columns) x.dE.store(place, column, y);
     }
 
     const float decay_chunk = gated ? load_shared(&stage.decay_chunk) : 1.0f;
@@ -182,8 +182,7 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
   }
   Scale ignored[2];
   most = larger(most, row_scales(ignored, D));
-  if (!finite || most >= kInfinite) raise(x.left + n * p.H + h);
-  const bool first = span.begin == 0;
+  if (most >= kInfinite) raise(x.left + n * p.H + h);
   store_state<channels>(D, p, first ? p.dh0 : x.before, first ? n : span.axis, h, column);
 }
 

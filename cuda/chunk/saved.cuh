@@ -48,9 +48,13 @@ struct SavedRows {
     return {arena.take<Half>(places * kChunk * columns), arena.take<float>(places * (columns / kColumns)), columns};
   }
   // From a column on.
-  FWP_DEVICE ChunkRows rows(int64_t place, int64_t column) const {
-    return {numbers + place * kChunk * columns + column, columns,        kChunk,
-            static_cast<int>(columns - column),          DType::f16, true};
+  FWP_DEVICE HeadRows rows(int64_t place, int64_t column) const {
+    return {reinterpret_cast<char*>(numbers + place * kChunk * columns + column),
+            columns,
+            kChunk,
+            static_cast<int>(columns - column),
+            DType::f16,
+            1};
   }
   FWP_DEVICE const float* up(int64_t place, int64_t column) const {
     return scales + (place * columns + column) / kColumns;

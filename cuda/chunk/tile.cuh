@@ -76,9 +76,9 @@ FWP_DEVICE uint32_t largest_of_block(uint32_t x, uint32_t* scratch) {
 struct Scale {
   float up, down;
 };
-// For numbers whose largest magnitude is this; 1 where all are 0.
+// For numbers whose largest magnitude is this; 0 where all are 0.
 FWP_DEVICE Scale scale_for(uint32_t largest_magnitude) {
-  if (largest_magnitude == 0) return {1, 1};
+  if (largest_magnitude == 0) return {0, 0};
   const uint32_t exponent = larger(largest_magnitude >> 23, 15);
   return {float_of((exponent - 14) << 23), float_of((268 - exponent) << 23)};
 }
@@ -188,8 +188,9 @@ FWP_DEVICE uint32_t scale_piece(const float (&x)[8], Half* piece, float* row_sca
 
 // Turns copied rows into float16 with a scale per row, in place, every thread its own pieces; up [64]: what the tile's
 // rows are to be multiplied by. Returns the largest magnitude that this thread saw. A barrier before others read.
+// columns_up: where float16 rows have a scale per 16 columns already, these.
 template <int D, int threads>
-FWP_DEVICE uint32_t scale_rows(const HeadRows& x, Half* tile, float* up) {
+FWP_DEVICE uint32_t scale_rows(const HeadRows& x, Half* tile, float* up, const float* columns_up = nullptr) {
   using Mine = Pieces<D, kChunk, threads>;
   const Mine mine = Mine::mine();
   uint32_t most = 0;
@@ -218,7 +219,10 @@ FWP_DEVICE uint32_t scale_rows(const HeadRows& x, Half* tile, float* up) {
       most = larger(most, scale_piece<D>(y, mine.in(tile, i), up + row, mine.column == 0));
     }
   };
-  if (x.dtype == DType::f16)
+  if (columns_up != nullptr) {
+    const float column_up = mine.column < x.columns ? load_global(columns_up + mine.column / 16) : 0.0f;
+    scale([column_up](uint32_t two, int i) { return unpack_half(two, i) * column_up; });
+  } else if (x.dtype == DType::f16)
     scale([](uint32_t two, int i) { return unpack_half(two, i); });
   else
     scale([](uint32_t two, int i) { return unpack_bfloat(two, i); });
@@ -310,6 +314,30 @@ FWP_DEVICE void store_rows(Half* tile, int m, int n, const float (&d)[4], const 
   FWP_UNROLL for (int i = 0; i < 2; ++i) {
     const uint32_t two = pack_half(d[2 * i] * scale[i].down, d[2 * i + 1] * scale[i].down);
     store_shared(reinterpret_cast<uint32_t*>(to + 8 * i * D), two);
+  }
+}
+
+// d[16][8] into rows m.. of an array, columns from n on: rounded once, what is not there left out.
+FWP_DEVICE void store_fragment(const HeadRows& x, int m, int n, const float (&d)[4]) {
+  FWP_UNROLL for (int i = 0; i < 2; ++i) {
+    const int row = m + lane() / 4 + 8 * i, column = n + 2 * (lane() % 4), valid = x.valid(row, column);
+    if (x.dtype == DType::f32) {
+      float* const to = x.at<float>(row, column);
+      if (x.wide && valid > 1) {
+        store_global(reinterpret_cast<Two*>(to), Two{{bits_of(d[2 * i]), bits_of(d[2 * i + 1])}});
+      } else {
+        FWP_UNROLL for (int j = 0; j < 2; ++j) if (j < valid) store_global(to + j, d[2 * i + j]);
+      }
+      continue;
+    }
+    const uint32_t two = pack(x.dtype, d[2 * i], d[2 * i + 1]);
+    Half* const to = x.at<Half>(row, column);
+    if (x.wide && valid > 1) {
+      store_global(reinterpret_cast<uint32_t*>(to), two);
+    } else {
+      FWP_UNROLL for (int j = 0; j < 2; ++j) if (j < valid)
+          store_global(to + j, Half{static_cast<uint16_t>(two >> (16 * j))});
+    }
   }
 }
 

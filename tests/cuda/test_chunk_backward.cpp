@@ -82,7 +82,8 @@ TEST_CASE("gradients are those of the recurrence, of any size") {
   struct Size {
     int64_t T, K, V;
   };
-  for (const Size& size : {Size{20, 3, 1}, {70, 16, 16}, {64, 31, 70}, {130, 64, 64}, {70, 100, 31}, {65, 128, 128}, {66, 40, 200}}) {
+  for (const Size& size :
+       {Size{20, 3, 1}, {70, 16, 16}, {64, 31, 70}, {130, 64, 64}, {70, 100, 31}, {65, 128, 128}, {66, 40, 200}}) {
     Options options = small();
     options.T = size.T;
     options.K = size.K;
@@ -97,8 +98,8 @@ TEST_CASE("gradients are those of the recurrence, of any size") {
 }
 
 TEST_CASE("gates of any strength, growth and resets") {
-  const std::vector<std::vector<double>> gates = {{0},         {-0.1}, {-5},  {-20}, {-100}, {-1e4},
-                                                  {-kInfinity}, {0.05}, {0, -20, -0.1, -kInfinity, -5, -100, -1, 0.3}};
+  const std::vector<std::vector<double>> gates = {
+      {0}, {-0.1}, {-5}, {-20}, {-60}, {-1e4}, {-kInfinity}, {0.05}, {0, -20, -0.1, -kInfinity, -5, -100, -1, 0.3}};
   for (const auto& gate : gates)
     for (const Rule rule : {Rule::linear, Rule::delta}) {
       Options options = small();
@@ -115,7 +116,8 @@ TEST_CASE("gates of any strength, growth and resets") {
       for (int64_t t = 0; t < x.T; ++t) {
         double scale = 0;
         for (int64_t i = 0; i < x.K; ++i)
-          scale += std::abs(x.q.get(0, t, 0, i) * y.dq.get(0, t, 0, i)) + std::abs(x.k.get(0, t, 0, i) * y.dk.get(0, t, 0, i));
+          scale += std::abs(x.q.get(0, t, 0, i) * y.dq.get(0, t, 0, i)) +
+                   std::abs(x.k.get(0, t, 0, i) * y.dk.get(0, t, 0, i));
         const double want = y.dg.get(0, t, 0), got = x.dg.get(0, t, 0), off = std::abs(got - want);
         worst = std::max(worst, off / scale);
         if (want != 0) worst_own = std::max(worst_own, off / std::abs(want));
