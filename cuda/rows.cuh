@@ -101,7 +101,8 @@ FWP_DEVICE int64_t state_slot(const Problem& p, int64_t n) {
 
 // The row of token t of a sequence, counted from its begin, that head h reads; in numbers from rows.data.
 FWP_DEVICE int64_t row_at(const Rows& rows, const Sequence& s, int64_t t, int64_t h) {
-  return s.b * rows.b + (s.begin + t) * rows.t + h / rows.group * rows.h;
+  const auto head = static_cast<uint32_t>(h) / static_cast<uint32_t>(rows.group);  // a tenth of a 64-bit division
+  return s.b * rows.b + (s.begin + t) * rows.t + static_cast<int64_t>(head) * rows.h;
 }
 FWP_DEVICE int64_t state_at(const States& states, int64_t slot, int64_t h) { return slot * states.n + h * states.h; }
 

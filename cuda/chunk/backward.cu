@@ -75,8 +75,8 @@ class Carried {
 // Adds up a chunk's parts of a gradient: those of the tiles of a head, head by head. Grid: slots of all axes, rows of
 // heads.
 FWP_KERNEL void add_parts(FWP_PARAMETER Problem p, Window window, Rows rows, Parts parts) {
-  const int64_t first_head = block_index_y() * rows.group;
-  const Place c = Place::at(p, window, block_index_x() * p.H + first_head);
+  const auto first_head = static_cast<unsigned>(block_index_y() * rows.group);
+  const Place c = Place::at(p, window, block_index_x() * static_cast<unsigned>(p.H) + first_head);
   const int64_t left = c.s.length - c.t0, count = left < kChunk ? left : kChunk;
   if (left <= 0) return;
   for (int64_t i = thread_index(); i < count * parts.size; i += kThreads) {

@@ -53,9 +53,10 @@ struct Place {
   Sequence s;
 
   FWP_DEVICE int tokens() const { return tokens_of_chunk(s, t0 / kChunk); }
-  FWP_DEVICE static Place at(const Problem& p, const Window& w, int64_t index) {
-    const int64_t slot = w.begin + index / p.H % w.count;
-    int64_t n = index / p.H / w.count;
+  FWP_DEVICE static Place at(const Problem& p, const Window& w, unsigned index) {
+    const auto heads = static_cast<unsigned>(p.H), count = static_cast<unsigned>(w.count);
+    const int64_t slot = w.begin + index / heads % count;
+    int64_t n = index / heads / count;
     if (p.cu_seqlens != nullptr) {  // the last sequence that begins there or before
       int64_t high = p.N;
       for (n = 0; high - n > 1;) {
@@ -63,7 +64,7 @@ struct Place {
         (first_slot(p, middle) <= slot ? n : high) = middle;
       }
     }
-    return {index, n, index % p.H, (slot - first_slot(p, n)) * kChunk, sequence(p, n)};
+    return {index, n, index % heads, (slot - first_slot(p, n)) * kChunk, sequence(p, n)};
   }
 };
 

@@ -87,12 +87,13 @@ FWP_DEVICE uint32_t add_reads(float (&D)[channels / 8][4], float decay_chunk, fl
 template <int channels, bool predicts, bool gated>
 FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
   const Problem& p = x.p;
-  const int64_t tiles = (p.V + kValueTile - 1) / kValueTile, block = block_index_x();
-  const int64_t h = block / tiles % p.H, n = block / tiles / p.H;
+  const auto heads = static_cast<unsigned>(p.H), tiles = static_cast<unsigned>((p.V + kValueTile - 1) / kValueTile);
+  const unsigned tile = block_index_x() % tiles, h = block_index_x() / tiles % heads,
+                 n = block_index_x() / tiles / heads;
   const Sequence s = sequence(p, n);
   const Span span = Span::of(p, x.window, n, s);
   if (!span.here || load_global(x.left + n * p.H + h) != 0) return;
-  const int64_t column = block % tiles * kValueTile + warp() * kColumns;
+  const int64_t column = int64_t{tile} * kValueTile + warp() * kColumns;
   const int64_t end_column = column + kColumns < p.V ? column + kColumns : p.V;
   auto& shared = *static_cast<ScanShared<channels>*>(shared_memory());
   Half* const d_o_tile = shared.v[warp()];
@@ -121,14 +122,8 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
   const bool first = span.begin == 0, last = span.end == span.chunks;
   load_state<channels>(D, p, last ? p.d_hT : x.after, last ? n : span.axis, h, column);
   uint32_t most = 0;  // the largest magnitude of all operands
-  Token token;
-  const auto begin_chunk = [&](int64_t c) {
-    copy_keys(c);
-    token =
-        load_token<predicts, gated>(p.beta, beta + c * kChunk * p.beta.t, tokens(c), x.prepared, first_place + c * p.H);
-  };
   if (span.begin < span.end) {
-    begin_chunk(span.end - 1);
+    copy_keys(span.end - 1);
     copy_adjoints(span.end - 1);
     copy_T(span.end - 1);
   }
@@ -136,12 +131,13 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
     const bool more = c > span.begin;
     const int64_t place = first_place + c * p.H;
     auto& stage = shared.stages[c % 2];
+    const Token token = load_token<predicts, gated>(p.beta, beta + c * kChunk * p.beta.t, tokens(c), x.prepared, place);
     wait_copies<0>();
     most = larger(most, scale_rows<channels, kScanThreads>(keys.from(c * kChunk, tokens(c)), stage.k, stage.k_up));
     most = larger(most, scale_rows<channels, kScanThreads>(queries.from(c * kChunk, tokens(c)), stage.q, stage.q_up));
     store_token<gated>(stage, token);
     sync_block();  // the chunk is there, and the one after it is no longer needed
-    if (more) begin_chunk(c - 1);
+    if (more) copy_keys(c - 1);
     most = larger(most, multiply_queries<channels, gated>(stage, shared.P, shared.P_up));
     sync_block();  // P is there
 

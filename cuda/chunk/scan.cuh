@@ -42,7 +42,7 @@ struct ScanShared {
   float P_up[kChunk];
 };
 
-// What a chunk's token has in numbers of its own; a thread reads one a chunk ahead.
+// What a token has in numbers of its own; each of 64 threads has one token.
 struct Token {
   float beta = 0, T_up = 1;
   double G = 0, G_end = 0;
@@ -186,28 +186,26 @@ FWP_DEVICE uint32_t solve(float (&e)[8][4], const Stage& stage, const Half* T) {
   return most;
 }
 
-// O, a half of the chunk at a time, into rows of the output. U: with the scales of the keys.
+// O, sixteen tokens at a time, into rows of the output. U: with the scales of the keys.
 template <int D, bool gated, class Stage>
 FWP_DEVICE void read(const HeadRows& o, const Stage& stage, float factor, const Half* P, const float* P_up,
                      const uint32_t (&S)[D / 16][4], const Scale (&S_scale)[2], const uint32_t (&U)[4][4],
                      const Scale (&U_scale)[2]) {
-  FWP_UNROLL for (int half = 0; half < 2; ++half) {
-    float before[4][4], inside[4][4];
+  FWP_UNROLL for (int block = 0; block < 4; ++block) {
+    float before[2][4], inside[2][4];
     clear(before);
     clear(inside);
-    FWP_UNROLL for (int k = 0; k < D / 16; ++k) multiply<D, Sum::along, 4>(before, S[k], stage.q, 32 * half, 16 * k);
-    FWP_UNROLL for (int k = 0; k < 2 * half + 1; ++k)
-        multiply<kChunk, Sum::along, 4>(inside, U[k], P, 32 * half, 16 * k);
-    multiply<kChunk, Sum::along, 2>(inside + 2, U[2 * half + 1], P, 32 * half + 16, 32 * half + 16);
-    FWP_UNROLL for (int i = 0; i < 4; ++i) {
+    FWP_UNROLL for (int k = 0; k < D / 16; ++k) multiply<D, Sum::along, 2>(before, S[k], stage.q, 16 * block, 16 * k);
+    FWP_UNROLL for (int k = 0; k <= block; ++k) multiply<kChunk, Sum::along, 2>(inside, U[k], P, 16 * block, 16 * k);
+    FWP_UNROLL for (int i = 0; i < 2; ++i) {
       float q_up[2], up[2], decay[2] = {1, 1}, y[4];
-      load_tokens(q_up, stage.q_up, 4 * half + i);
-      load_tokens(up, P_up, 4 * half + i);
-      if constexpr (gated) load_tokens(decay, stage.decay, 4 * half + i);
+      load_tokens(q_up, stage.q_up, 2 * block + i);
+      load_tokens(up, P_up, 2 * block + i);
+      if constexpr (gated) load_tokens(decay, stage.decay, 2 * block + i);
       FWP_UNROLL for (int r = 0; r < 4; ++r) y[r] =
           (before[i][r] * decay[r % 2] * S_scale[r / 2].up + inside[i][r] * up[r % 2] * U_scale[r / 2].up) *
           (q_up[r % 2] * factor);
-      store_turned(o, 32 * half + 8 * i, y);
+      store_turned(o, 16 * block + 8 * i, y);
     }
   }
 }
@@ -230,14 +228,15 @@ FWP_DEVICE void write(float (&S)[D / 8][4], const Half* K, float decay, const ui
 template <int D, bool predicts, bool gated, bool output>
 FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
   const Problem& p = x.p;
-  const int64_t tiles = (p.V + kValueTile - 1) / kValueTile, block = block_index_x();
-  const int64_t h = block / tiles % p.H, n = block / tiles / p.H;
+  const auto heads = static_cast<unsigned>(p.H), tiles = static_cast<unsigned>((p.V + kValueTile - 1) / kValueTile);
+  const unsigned tile = block_index_x() % tiles, h = block_index_x() / tiles % heads,
+                 n = block_index_x() / tiles / heads;
   if (load_global(x.left + n * p.H + h) != 0) return;
   const Sequence s = sequence(p, n);
   const Span span = Span::of(p, x.window, n, s);
   if (!span.here) return;
   const int64_t first_place = fresh(span.place(p, x.window, 0, h)), beta = fresh(row_at(p.beta, s, 0, h));
-  const int64_t column = block % tiles * kValueTile + warp() * kColumns;
+  const int64_t column = int64_t{tile} * kValueTile + warp() * kColumns;
   const int64_t end_column = column + kColumns < p.V ? column + kColumns : p.V;
   auto& shared = *static_cast<ScanShared<D>*>(shared_memory());
   Half* const v_tile = shared.v[warp()];
@@ -265,27 +264,23 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
   const bool first = span.begin == 0, last = span.end == span.chunks;
   load_state<D>(S, p, first ? p.h0 : x.before, first ? n : span.axis, h, column);
   uint32_t most = 0;  // the largest magnitude of all operands
-  Token token;
-  const auto begin_chunk = [&](int64_t c) {
-    copy_keys(c);
-    token =
-        load_token<predicts, gated>(p.beta, beta + c * kChunk * p.beta.t, tokens(c), x.prepared, first_place + c * p.H);
-  };
   if (span.begin < span.end) {
-    begin_chunk(span.begin);
+    copy_keys(span.begin);
     copy_values(span.begin);
     copy_T(span.begin);
   }
   for (int64_t c = span.begin; c < span.end; ++c) {
     const bool more = c + 1 < span.end;
     auto& stage = shared.stages[c % 2];
+    const Token token =
+        load_token<predicts, gated>(p.beta, beta + c * kChunk * p.beta.t, tokens(c), x.prepared, first_place + c * p.H);
     wait_copies<0>();
     most = larger(most, scale_rows<D, kScanThreads>(keys.from(c * kChunk, tokens(c)), stage.k, stage.k_up));
     if constexpr (output)
       most = larger(most, scale_rows<D, kScanThreads>(queries.from(c * kChunk, tokens(c)), stage.q, stage.q_up));
     store_token<gated>(stage, token);
     sync_block();  // the chunk is there, and the one before it is no longer needed
-    if (more) begin_chunk(c + 1);
+    if (more) copy_keys(c + 1);
     if constexpr (output) most = larger(most, multiply_queries<D, gated>(stage, shared.P, shared.P_up));
 
     uint32_t S_a[D / 16][4];

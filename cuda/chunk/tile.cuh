@@ -104,9 +104,9 @@ struct HeadRows {
   FWP_DEVICE static HeadRows of(const Rows& rows, const Sequence& s, int64_t h, int64_t first_column,
                                 int64_t end_column) {
     const int64_t size = rows.dtype == DType::f32 ? 4 : 2;
-    char* const data = static_cast<char*>(rows.data) + size * (row_at(rows, s, 0, h) + first_column);
+    char* const data = static_cast<char*>(rows.data) + fresh(size * (row_at(rows, s, 0, h) + first_column));
     const bool wide = (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(rows.t * size)) % 16 == 0;
-    return {fresh(data), rows.t, 0, fresh(static_cast<int>(end_column - first_column)), rows.dtype, fresh(int{wide})};
+    return {data, rows.t, 0, static_cast<int>(end_column - first_column), rows.dtype, fresh(int{wide})};
   }
   FWP_DEVICE HeadRows from(int64_t t, int tokens) const {
     return {data + t * stride * (dtype == DType::f32 ? 4 : 2), stride, tokens, columns, dtype, wide};
