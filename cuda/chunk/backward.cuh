@@ -22,6 +22,14 @@ struct Parts {
     float* const to = numbers + (c.index * tiles + tile) * kChunk * size + begin;
     return {reinterpret_cast<char*>(to), size, c.tokens(), static_cast<int>(end - begin), DType::f32, size % 4 == 0};
   }
+  // From where a sequence's first chunk goes, where another one does.
+  FWP_DEVICE HeadRows from(const HeadRows& first, const Problem& p, int chunk, int tokens) const {
+    if (numbers == nullptr) return first.from(int64_t{chunk} * kChunk, tokens);
+    HeadRows to = first;
+    to.data += int64_t{chunk} * p.H * tiles * kChunk * size * 4;
+    to.count = tokens;
+    return to;
+  }
 };
 
 // The backward of a window of time. Adjoints of states go on outside of it as states do (scan.cuh).

@@ -33,14 +33,19 @@ inline int64_t places(const Problem& p, const Window& w) { return axes(p) * w.co
 // The chunks of a sequence that are in a window.
 struct Span {
   int64_t axis, slot;  // of its first chunk
-  int64_t chunks;      // of the sequence
-  int64_t begin, end;
+  int chunks;          // of the sequence
+  int begin, end;
   bool here;  // whether any is in the window, or a sequence without any stands there
 
   FWP_DEVICE static Span of(const Problem& p, const Window& w, int64_t n, const Sequence& s) {
     const int64_t slot = first_slot(p, n), chunks = (s.length + kChunk - 1) / kChunk, last = w.begin + w.count - slot;
     const int64_t begin = w.begin > slot ? w.begin - slot : 0, end = chunks < last ? chunks : last;
-    return {s.b, slot, chunks, begin, end, begin < end || (chunks == 0 && slot >= w.begin && last > 0)};
+    return {s.b,
+            slot,
+            static_cast<int>(chunks),
+            static_cast<int>(begin),
+            static_cast<int>(end),
+            begin < end || (chunks == 0 && slot >= w.begin && last > 0)};
   }
   FWP_DEVICE int64_t place(const Problem& p, const Window& w, int64_t chunk, int64_t h) const {
     return (axis * w.count + slot + chunk - w.begin) * p.H + h;

@@ -11,40 +11,44 @@
 
 namespace fwp::cuda::chunk {
 
-// x += a L, L [64][64] lower triangular.
-FWP_DEVICE void multiply_lower(float (&x)[8][4], const uint32_t (&a)[4][4], const Half* L) {
-  multiply<kChunk, Sum::down, 2>(x, a[0], L, 0, 0);
-  multiply<kChunk, Sum::down, 4>(x, a[1], L, 0, 16);
-  multiply<kChunk, Sum::down, 6>(x, a[2], L, 0, 32);
-  multiply<kChunk, Sum::down, 8>(x, a[3], L, 0, 48);
+// x = a L for columns 32 half.. of L [64][64], lower triangular.
+FWP_DEVICE void multiply_lower(float (&x)[4][4], const uint32_t (&a)[4][4], const Half* L, int half) {
+  clear(x);
+  FWP_UNROLL for (int k = 0; k < 4; ++k) {
+    if (k == 2 * half) multiply<kChunk, Sum::down, 2>(x, a[k], L, 32 * half, 16 * k);
+    if (k > 2 * half) multiply<kChunk, Sum::down, 4>(x, a[k], L, 32 * half, 16 * k);
+  }
 }
 
-// dU^T, from what later chunks and later tokens of this one make of a write. Returns the largest magnitude of operands.
+// dU^T, from what the state after the chunk and later tokens of it make of a write. Returns the largest magnitude of
+// operands.
 template <int D, bool gated, class Stage>
 FWP_DEVICE uint32_t written_adjoints(float (&dU)[8][4], const Stage& stage, float factor, const Half* P,
                                      const float* P_up, DType dtype, const Half* d_o_tile,
                                      const uint32_t (&S)[D / 16][4], const Scale (&S_scale)[2]) {
+  clear(dU);
+  FWP_UNROLL for (int k = 0; k < D / 16; ++k) multiply<D, Sum::along, 8>(dU, S[k], stage.k, 0, 16 * k);
   uint32_t d_o[4][4];
-  Scale d_o_scale[2];
-  float inside[8][4];
-  load_turned(inside, dtype, d_o_tile);
+  Scale scale[2];
+  float x[8][4];
+  load_turned(x, dtype, d_o_tile);
   FWP_UNROLL for (int i = 0; i < 8; ++i) {
     float q_up[2], up[2];
     load_tokens(q_up, stage.q_up, i);
     load_tokens(up, P_up, i);
-    FWP_UNROLL for (int r = 0; r < 4; ++r) inside[i][r] *= q_up[r % 2] * up[r % 2] * factor;
+    FWP_UNROLL for (int r = 0; r < 4; ++r) x[i][r] *= q_up[r % 2] * up[r % 2] * factor;
   }
-  const uint32_t most = to_a(d_o, d_o_scale, inside);
-  clear(inside);
-  multiply_lower(inside, d_o, P);
-  clear(dU);
-  FWP_UNROLL for (int k = 0; k < D / 16; ++k) multiply<D, Sum::along, 8>(dU, S[k], stage.k, 0, 16 * k);
-  FWP_UNROLL for (int i = 0; i < 8; ++i) {
-    float k_up[2], decay[2] = {1, 1};
-    load_tokens(k_up, stage.k_up, i);
-    if constexpr (gated) load_tokens(decay, stage.decay_left, i);
-    FWP_UNROLL for (int r = 0; r < 4; ++r) dU[i][r] =
-        (dU[i][r] * S_scale[r / 2].up * decay[r % 2] + inside[i][r] * d_o_scale[r / 2].up) * k_up[r % 2];
+  const uint32_t most = to_a(d_o, scale, x);
+  FWP_UNROLL for (int half = 0; half < 2; ++half) {
+    float inside[4][4];
+    multiply_lower(inside, d_o, P, half);
+    FWP_UNROLL for (int i = 4 * half; i < 4 * half + 4; ++i) {
+      float k_up[2], decay[2] = {1, 1};
+      load_tokens(k_up, stage.k_up, i);
+      if constexpr (gated) load_tokens(decay, stage.decay_left, i);
+      FWP_UNROLL for (int r = 0; r < 4; ++r) dU[i][r] =
+          (dU[i][r] * S_scale[r / 2].up * decay[r % 2] + inside[i % 4][r] * scale[r / 2].up) * k_up[r % 2];
+    }
   }
   return most;
 }
@@ -60,9 +64,13 @@ FWP_DEVICE uint32_t solve_adjoint(float (&x)[8][4], const Stage& stage, const Ha
     FWP_UNROLL for (int r = 0; r < 4; ++r) x[i][r] *= T_up[r % 2];
   }
   const uint32_t most = to_a(a, scale, x);
-  clear(x);
-  multiply_lower(x, a, T);
-  FWP_UNROLL for (int i = 0; i < 8; ++i) { FWP_UNROLL for (int r = 0; r < 4; ++r) x[i][r] *= scale[r / 2].up; }
+  FWP_UNROLL for (int half = 0; half < 2; ++half) {
+    float y[4][4];
+    multiply_lower(y, a, T, half);
+    FWP_UNROLL for (int i = 0; i < 4; ++i) {
+      FWP_UNROLL for (int r = 0; r < 4; ++r) x[4 * half + i][r] = y[i][r] * scale[r / 2].up;
+    }
+  }
   return most;
 }
 
@@ -93,26 +101,27 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
   const Sequence s = sequence(p, n);
   const Span span = Span::of(p, x.window, n, s);
   if (!span.here || load_global(x.left + n * p.H + h) != 0) return;
-  const int64_t column = int64_t{tile} * kValueTile + warp() * kColumns;
-  const int64_t end_column = column + kColumns < p.V ? column + kColumns : p.V;
+  const int column = static_cast<int>(tile) * kValueTile + warp() * kColumns, V = static_cast<int>(p.V);
+  const int end_column = column + kColumns < V ? column + kColumns : V;
   auto& shared = *static_cast<ScanShared<channels>*>(shared_memory());
   Half* const d_o_tile = shared.v[warp()];
 
   const int64_t first_place = fresh(span.place(p, x.window, 0, h)), beta = fresh(row_at(p.beta, s, 0, h));
   const auto keys = HeadRows::of(p.k, s, h, 0, p.K), queries = HeadRows::of(p.q, s, h, 0, p.K);
   const auto d_o = HeadRows::of(p.d_o, s, h, column, end_column);
-  const auto tokens = [&](int64_t c) { return tokens_of_chunk(s, c); };
-  const auto copy_keys = [&](int64_t c) {
+  const auto dv = x.dv.rows(p.dv, {first_place, n, h, 0, s}, 0, column, end_column);
+  const auto tokens = [&](int c) { return tokens_of_chunk(s, c); };
+  const auto copy_keys = [&](int c) {
     auto& stage = shared.stages[c % 2];
-    copy_rows<channels, kScanThreads>(keys.from(c * kChunk, tokens(c)), stage.k);
-    copy_rows<channels, kScanThreads>(queries.from(c * kChunk, tokens(c)), stage.q);
+    copy_rows<channels, kScanThreads>(keys.from(int64_t{c} * kChunk, tokens(c)), stage.k);
+    copy_rows<channels, kScanThreads>(queries.from(int64_t{c} * kChunk, tokens(c)), stage.q);
     commit_copies();
   };
-  const auto copy_adjoints = [&](int64_t c) {
-    copy_rows<kColumns, kWarpSize>(d_o.from(c * kChunk, tokens(c)), d_o_tile);
+  const auto copy_adjoints = [&](int c) {
+    copy_rows<kColumns, kWarpSize>(d_o.from(int64_t{c} * kChunk, tokens(c)), d_o_tile);
     commit_copies();
   };
-  const auto copy_T = [&](int64_t c) {
+  const auto copy_T = [&](int c) {
     if constexpr (predicts)
       copy_tile<kChunk, kChunk, kScanThreads>(x.prepared.T + (first_place + c * p.H) * kChunk * kChunk, shared.T);
     commit_copies();
@@ -127,14 +136,14 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
     copy_adjoints(span.end - 1);
     copy_T(span.end - 1);
   }
-  for (int64_t c = span.end - 1; c >= span.begin; --c) {
+  for (int c = span.end - 1; c >= span.begin; --c) {
     const bool more = c > span.begin;
     const int64_t place = first_place + c * p.H;
     auto& stage = shared.stages[c % 2];
-    const Token token = load_token<predicts, gated>(p.beta, beta + c * kChunk * p.beta.t, tokens(c), x.prepared, place);
+    const Token token = load_token<predicts, gated>(p.beta, beta + int64_t{c} * kChunk * p.beta.t, tokens(c), x.prepared, place);
     wait_copies<0>();
-    most = larger(most, scale_rows<channels, kScanThreads>(keys.from(c * kChunk, tokens(c)), stage.k, stage.k_up));
-    most = larger(most, scale_rows<channels, kScanThreads>(queries.from(c * kChunk, tokens(c)), stage.q, stage.q_up));
+    most = larger(most, scale_rows<channels, kScanThreads>(keys.from(int64_t{c} * kChunk, tokens(c)), stage.k, stage.k_up));
+    most = larger(most, scale_rows<channels, kScanThreads>(queries.from(int64_t{c} * kChunk, tokens(c)), stage.q, stage.q_up));
     store_token<gated>(stage, token);
     sync_block();  // the chunk is there, and the one after it is no longer needed
     if (more) copy_keys(c - 1);
@@ -154,11 +163,11 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
       FWP_UNROLL for (int r = 0; r < 4; ++r) y[i][r] *= strength[r % 2];
     }
     if constexpr (predicts) most = larger(most, solve_adjoint(y, stage, shared.T));
-    if (p.dv.data != nullptr && column < p.V) {
-      const HeadRows dv = x.dv.rows(p.dv, {place, n, h, c * kChunk, s}, 0, column, end_column);
+    if (dv.data != nullptr && column < V) {
+      const HeadRows to = x.dv.from(dv, p, c, tokens(c));
       FWP_UNROLL for (int i = 0; i < 8; ++i) {
         float rounded[4] = {y[i][0], y[i][1], y[i][2], y[i][3]};
-        store_turned(dv, 8 * i, rounded);
+        store_turned(to, 8 * i, rounded);
       }
     }
     if constexpr (predicts) {
