@@ -144,7 +144,7 @@ FWP_KERNEL void prepare_delta(FWP_PARAMETER Problem p, Prepared out, int32_t* le
   auto& shared = *static_cast<PrepShared<D>*>(shared_memory());
   const bool gated = p.decay != Decay::none;
 
-  const auto k = HeadRows::of(p.k, s, h, 0, p.K).from(t0, tokens_of_chunk(s, t0 / kChunk));
+  const auto k = HeadRows::from(p.k, Place::of(p.k, s, h, 0, p.K), t0, tokens_of_chunk(s, t0 / kChunk));
   copy_rows<D, kPrepThreads>(k, shared.k);
   commit_copies();
   bool fine = true;

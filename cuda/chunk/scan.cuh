@@ -42,6 +42,9 @@ struct ScanShared {
   Half T[kChunk * kChunk], P[kChunk * kChunk];
   Half v[kWarps][kChunk * kColumns];
   float P_up[kChunk];
+  struct {
+    Place k, q, v, o;
+  } places[kWarps];
 };
 
 // What a token has in numbers of its own; each of 64 threads has one token.
@@ -231,7 +234,7 @@ FWP_DEVICE void read(const HeadRows& o, const Stage& stage, float factor, const 
       FWP_UNROLL for (int r = 0; r < 4; ++r) y[r] =
           (before[i][r] * decay[r % 2] * S_scale[r / 2].up + inside[i][r] * up[r % 2] * U_scale[r / 2].up) *
           (q_up[r % 2] * factor);
-      store_turned(o, 16 * block + 8 * i, y);
+      store_turned_halves(o, 16 * block + 8 * i, y);
     }
   }
 }
@@ -259,47 +262,60 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
                  n = block_index_x() / tiles / heads;
   if (load_global(x.left + n * p.H + h) != 0) return;
   const Sequence s = sequence(p, n);
-  const int64_t chunks = (s.length + kChunk - 1) / kChunk, end = chunks < x.end ? chunks : x.end;
-  const int64_t first_place = fresh(first_slot(p, n) * p.H + h), beta = fresh(row_at(p.beta, s, 0, h));
+  const int64_t chunks = (s.length + kChunk - 1) / kChunk;
+  const int first = static_cast<int>(x.first), end = static_cast<int>(chunks < x.end ? chunks : x.end);
+  const int first_place = fresh(static_cast<int>(first_slot(p, n) * p.H + h));
+  const int64_t beta = fresh(row_at(p.beta, s, 0, h));
   const int64_t column = int64_t{tile} * kValueTile + warp() * kColumns;
   const int64_t end_column = column + kColumns < p.V ? column + kColumns : p.V;
   auto& shared = *static_cast<ScanShared<D>*>(shared_memory());
   Half* const v_tile = shared.v[warp()];
 
-  const auto keys = HeadRows::of(p.k, s, h, 0, p.K), queries = HeadRows::of(p.q, s, h, 0, p.K);
-  const auto values = HeadRows::of(p.v, s, h, column, end_column), o = HeadRows::of(p.o, s, h, column, end_column);
-  const auto tokens = [&](int64_t c) { return tokens_of_chunk(s, c); };
-  const auto copy_keys = [&](int64_t c) {
+  // What the loop does not change but needs now and then waits in shared memory: registers are short.
+  auto* const places = &shared.places[warp()];
+  if (lane() == 0) {
+    store_shared(&places->k, Place::of(p.k, s, h, 0, p.K));
+    store_shared(&places->q, Place::of(p.q, s, h, 0, p.K));
+    store_shared(&places->v, Place::of(p.v, s, h, column, end_column));
+    store_shared(&places->o, Place::of(p.o, s, h, column, end_column));
+  }
+  sync_warp();
+  const auto rows = [&](const Rows& array, const Place* place, int c) {
+    return HeadRows::from(array, load_shared(place), int64_t{c} * kChunk, tokens_of_chunk(s, c));
+  };
+  const auto copy_keys = [&](int c) {
     auto& stage = shared.stages[c % 2];
-    copy_rows<D, kScanThreads>(keys.from(c * kChunk, tokens(c)), stage.k);
-    if constexpr (output) copy_rows<D, kScanThreads>(queries.from(c * kChunk, tokens(c)), stage.q);
+    copy_rows<D, kScanThreads>(rows(p.k, &places->k, c), stage.k);
+    if constexpr (output) copy_rows<D, kScanThreads>(rows(p.q, &places->q, c), stage.q);
     commit_copies();
   };
-  const auto copy_values = [&](int64_t c) {
-    copy_rows<kColumns, kWarpSize>(values.from(c * kChunk, tokens(c)), v_tile);
+  const auto copy_values = [&](int c) {
+    copy_rows<kColumns, kWarpSize>(rows(p.v, &places->v, c), v_tile);
     commit_copies();
   };
-  const auto copy_T = [&](int64_t c) {
+  const auto copy_T = [&](int c) {
     if constexpr (predicts)
-      copy_tile<kChunk, kChunk, kScanThreads>(x.prepared.T + (first_place + c * p.H) * kChunk * kChunk, shared.T);
+      copy_tile<kChunk, kChunk, kScanThreads>(x.prepared.T + (first_place + int64_t{c} * heads) * kChunk * kChunk,
+                                              shared.T);
     commit_copies();
   };
 
   float S[D / 8][4];
   load_state<D>(S, p, x.from, n, h, column);
   uint32_t most = 0;  // the largest magnitude of all operands
-  if (x.first < end) {
-    copy_keys(x.first);
-    copy_values(x.first);
-    copy_T(x.first);
+  if (first < end) {
+    copy_keys(first);
+    copy_values(first);
+    copy_T(first);
   }
-  for (int64_t c = x.first; c < end; ++c) {
+  for (int c = first; c < end; ++c) {
     auto& stage = shared.stages[c % 2];
-    const Token token = load_token<predicts, gated>(x, beta + c * kChunk * p.beta.t, tokens(c), first_place + c * p.H);
+    const Token token = load_token<predicts, gated>(x, beta + int64_t{c} * kChunk * p.beta.t, tokens_of_chunk(s, c),
+                                                    first_place + int64_t{c} * heads);
     wait_copies<0>();
-    most = larger(most, scale_rows<D, kScanThreads>(keys.from(c * kChunk, tokens(c)), stage.k, stage.k_up));
+    most = larger(most, scale_rows<D, kScanThreads>(rows(p.k, &places->k, c), stage.k, stage.k_up));
     if constexpr (output)
-      most = larger(most, scale_rows<D, kScanThreads>(queries.from(c * kChunk, tokens(c)), stage.q, stage.q_up));
+      most = larger(most, scale_rows<D, kScanThreads>(rows(p.q, &places->q, c), stage.q, stage.q_up));
     store_token<gated>(stage, token);
     sync_block();  // the chunk is there, and the one before it is no longer needed
     if (c + 1 < end) copy_keys(c + 1);
@@ -336,8 +352,8 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
       most = larger(most, to_a(W, W_scale, e));
     }
     if constexpr (output)
-      read<D, gated>(o.from(c * kChunk, tokens(c)), stage, static_cast<float>(p.scale), shared.P, shared.P_up, S_a,
-                     S_scale, U, U_scale);
+      read<D, gated>(rows(p.o, &places->o, c), stage, static_cast<float>(p.scale), shared.P, shared.P_up, S_a, S_scale,
+                     U, U_scale);
     if constexpr (gated)
       write<D>(S, stage, load_shared(&stage.decay_chunk), W, W_scale);
     else
