@@ -137,12 +137,13 @@ struct PrepShared {
 // Grid: places.
 template <int D>
 FWP_KERNEL void prepare_delta(FWP_PARAMETER Problem p, Window window, Prepared out, int32_t* left) {
-  const auto [place, n, h, t0, s] = Place::at(p, window, block_index_x());
+  const int64_t place = block_index_x();
+  const auto [n, h, t0, slot, s] = HeadChunk::at(p, window, block_index_x());
   if (t0 >= s.length) return;
   auto& shared = *static_cast<PrepShared<D>*>(shared_memory());
   const bool gated = p.decay != Decay::none;
 
-  const auto k = HeadRows::of(p.k, s, h, 0, p.K).from(t0, tokens_of_chunk(s, t0 / kChunk));
+  const auto k = HeadRows::from(p.k, Place::of(p.k, s, h, 0, p.K), t0, tokens_of_chunk(s, t0 / kChunk));
   copy_rows<D, kPrepThreads>(k, shared.k);
   commit_copies();
   bool fine = true;
@@ -199,7 +200,8 @@ FWP_KERNEL void prepare_delta(FWP_PARAMETER Problem p, Window window, Prepared o
 
 // For rules that do not predict: the gates alone, a warp for a slot and head.
 FWP_KERNEL void prepare_gates(FWP_PARAMETER Problem p, Window window, Prepared out, int32_t* left) {
-  const auto [place, n, h, t0, s] = Place::at(p, window, block_index_x());
+  const int64_t place = block_index_x();
+  const auto [n, h, t0, slot, s] = HeadChunk::at(p, window, block_index_x());
   if (t0 >= s.length) return;
   auto* const G = static_cast<double*>(shared_memory());
   if (!(sum_gates(p, s, t0, h, out.G + place * kChunk, G) <= kMostGrowth)) raise(left + n * p.H + h);

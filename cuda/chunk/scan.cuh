@@ -40,6 +40,9 @@ struct ScanShared {
   Half T[kChunk * kChunk], P[kChunk * kChunk];
   Half v[kWarps][kChunk * kColumns];
   float P_up[kChunk];
+  struct {
+    Place k, q, v, o;
+  } places[kWarps];
 };
 
 // What a token has in numbers of its own; each of 64 threads has one token.
@@ -205,7 +208,7 @@ FWP_DEVICE void read(const HeadRows& o, const Stage& stage, float factor, const 
       FWP_UNROLL for (int r = 0; r < 4; ++r) y[r] =
           (before[i][r] * decay[r % 2] * S_scale[r / 2].up + inside[i][r] * up[r % 2] * U_scale[r / 2].up) *
           (q_up[r % 2] * factor);
-      store_turned(o, 16 * block + 8 * i, y);
+      store_turned_halves(o, 16 * block + 8 * i, y);
     }
   }
 }
@@ -235,28 +238,39 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
   const Sequence s = sequence(p, n);
   const Span span = Span::of(p, x.window, n, s);
   if (!span.here) return;
-  const int64_t first_place = fresh(span.place(p, x.window, 0, h)), beta = fresh(row_at(p.beta, s, 0, h));
+  const int first_place = fresh(span.place(p, x.window, h));
+  const int64_t beta = fresh(row_at(p.beta, s, 0, h));
   const int64_t column = int64_t{tile} * kValueTile + warp() * kColumns;
   const int64_t end_column = column + kColumns < p.V ? column + kColumns : p.V;
   auto& shared = *static_cast<ScanShared<D>*>(shared_memory());
   Half* const v_tile = shared.v[warp()];
 
-  const auto keys = HeadRows::of(p.k, s, h, 0, p.K), queries = HeadRows::of(p.q, s, h, 0, p.K);
-  const auto values = HeadRows::of(p.v, s, h, column, end_column), o = HeadRows::of(p.o, s, h, column, end_column);
-  const auto tokens = [&](int64_t c) { return tokens_of_chunk(s, c); };
-  const auto copy_keys = [&](int64_t c) {
+  // What the loop does not change but needs now and then waits in shared memory: registers are short.
+  auto* const places = &shared.places[warp()];
+  if (lane() == 0) {
+    store_shared(&places->k, Place::of(p.k, s, h, 0, p.K));
+    store_shared(&places->q, Place::of(p.q, s, h, 0, p.K));
+    store_shared(&places->v, Place::of(p.v, s, h, column, end_column));
+    store_shared(&places->o, Place::of(p.o, s, h, column, end_column));
+  }
+  sync_warp();
+  const auto rows = [&](const Rows& array, const Place* place, int c) {
+    return HeadRows::from(array, load_shared(place), int64_t{c} * kChunk, tokens_of_chunk(s, c));
+  };
+  const auto copy_keys = [&](int c) {
     auto& stage = shared.stages[c % 2];
-    copy_rows<D, kScanThreads>(keys.from(c * kChunk, tokens(c)), stage.k);
-    if constexpr (output) copy_rows<D, kScanThreads>(queries.from(c * kChunk, tokens(c)), stage.q);
+    copy_rows<D, kScanThreads>(rows(p.k, &places->k, c), stage.k);
+    if constexpr (output) copy_rows<D, kScanThreads>(rows(p.q, &places->q, c), stage.q);
     commit_copies();
   };
-  const auto copy_values = [&](int64_t c) {
-    copy_rows<kColumns, kWarpSize>(values.from(c * kChunk, tokens(c)), v_tile);
+  const auto copy_values = [&](int c) {
+    copy_rows<kColumns, kWarpSize>(rows(p.v, &places->v, c), v_tile);
     commit_copies();
   };
-  const auto copy_T = [&](int64_t c) {
+  const auto copy_T = [&](int c) {
     if constexpr (predicts)
-      copy_tile<kChunk, kChunk, kScanThreads>(x.prepared.T + (first_place + c * p.H) * kChunk * kChunk, shared.T);
+      copy_tile<kChunk, kChunk, kScanThreads>(x.prepared.T + (first_place + int64_t{c} * heads) * kChunk * kChunk,
+                                              shared.T);
     commit_copies();
   };
 
@@ -269,15 +283,16 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
     copy_values(span.begin);
     copy_T(span.begin);
   }
-  for (int64_t c = span.begin; c < span.end; ++c) {
+  for (int c = span.begin; c < span.end; ++c) {
     const bool more = c + 1 < span.end;
     auto& stage = shared.stages[c % 2];
     const Token token =
-        load_token<predicts, gated>(p.beta, beta + c * kChunk * p.beta.t, tokens(c), x.prepared, first_place + c * p.H);
+        load_token<predicts, gated>(p.beta, beta + int64_t{c} * kChunk * p.beta.t, tokens_of_chunk(s, c), x.prepared,
+                                    first_place + int64_t{c} * heads);
     wait_copies<0>();
-    most = larger(most, scale_rows<D, kScanThreads>(keys.from(c * kChunk, tokens(c)), stage.k, stage.k_up));
+    most = larger(most, scale_rows<D, kScanThreads>(rows(p.k, &places->k, c), stage.k, stage.k_up));
     if constexpr (output)
-      most = larger(most, scale_rows<D, kScanThreads>(queries.from(c * kChunk, tokens(c)), stage.q, stage.q_up));
+      most = larger(most, scale_rows<D, kScanThreads>(rows(p.q, &places->q, c), stage.q, stage.q_up));
     store_token<gated>(stage, token);
     sync_block();  // the chunk is there, and the one before it is no longer needed
     if (more) copy_keys(c + 1);
@@ -292,8 +307,8 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
     if (more) copy_values(c + 1);
     if constexpr (predicts) most = larger(most, solve(e, stage, shared.T));
     if (!output && x.S.numbers != nullptr && column < x.S.columns) {
-      x.S.of(first_place + c * p.H, column).template store<D>(S_a, S_scale);
-      if constexpr (predicts) x.E.store(first_place + c * p.H, column, e);
+      x.S.of(first_place + int64_t{c} * heads, column).template store<D>(S_a, S_scale);
+      if constexpr (predicts) x.E.store(first_place + int64_t{c} * heads, column, e);
     }
     sync_block();  // P is there, and T' is no longer needed
     if (more) copy_T(c + 1);
@@ -317,8 +332,8 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
       most = larger(most, to_a(W, W_scale, e));
     }
     if constexpr (output)
-      read<D, gated>(o.from(c * kChunk, tokens(c)), stage, static_cast<float>(p.scale), shared.P, shared.P_up, S_a,
-                     S_scale, U, U_scale);
+      read<D, gated>(rows(p.o, &places->o, c), stage, static_cast<float>(p.scale), shared.P, shared.P_up, S_a, S_scale,
+                     U, U_scale);
     if constexpr (gated)
       write<D>(S, stage.k, load_shared(&stage.decay_chunk), W, W_scale);
     else

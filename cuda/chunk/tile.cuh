@@ -92,29 +92,38 @@ FWP_DEVICE int at(int row, int column) {
   return row * D + ((column / 8) ^ (row / rows_per_line & mask)) * 8 + column % 8;
 }
 
-// Tokens of an array in global memory that a head reads or writes: some of their columns.
+// Where a head has its rows in an array, or some of their columns.
+struct alignas(16) Place {
+  int64_t offset;  // in bytes
+  int columns;
+  int wide;  // whether all rows begin at multiples of 16 bytes
+
+  FWP_DEVICE static Place of(const Rows& rows, const Sequence& s, int64_t h, int64_t first_column, int64_t end_column) {
+    const int64_t size = rows.dtype == DType::f32 ? 4 : 2;
+    const int64_t offset = size * (row_at(rows, s, 0, h) + first_column);
+    const bool wide =
+        (reinterpret_cast<uintptr_t>(rows.data) + static_cast<uintptr_t>(offset)) % 16 == 0 && rows.t * size % 16 == 0;
+    return {offset, static_cast<int>(end_column - first_column), wide};
+  }
+};
+
+// Some tokens of them.
 struct HeadRows {
   char* data;
   int64_t stride;  // in numbers
   int count, columns;
   DType dtype;
-  int wide;  // whether all rows begin at multiples of 16 bytes
+  int wide;
 
-  // Of a whole sequence; from() says which of its tokens.
-  FWP_DEVICE static HeadRows of(const Rows& rows, const Sequence& s, int64_t h, int64_t first_column,
-                                int64_t end_column) {
+  FWP_DEVICE static HeadRows from(const Rows& rows, const Place& place, int64_t first_token, int count) {
     const int64_t size = rows.dtype == DType::f32 ? 4 : 2;
-    char* const data = static_cast<char*>(rows.data) + fresh(size * (row_at(rows, s, 0, h) + first_column));
-    const bool wide = (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(rows.t * size)) % 16 == 0;
-    return {data, rows.t, 0, static_cast<int>(end_column - first_column), rows.dtype, fresh(int{wide})};
+    char* const data = static_cast<char*>(rows.data) + (place.offset + first_token * rows.t * size);
+    return {data, rows.t, count, place.columns, rows.dtype, place.wide};
   }
-  FWP_DEVICE HeadRows from(int64_t t, int tokens) const {
-    return {data + t * stride * (dtype == DType::f32 ? 4 : 2), stride, tokens, columns, dtype, wide};
-  }
-  // How many of the 8 numbers from a column on are there.
-  FWP_DEVICE int valid(int row, int column) const {
-    const int left = row < count ? columns - column : 0;
-    return left < 0 ? 0 : left < 8 ? left : 8;
+  // How many of `most` numbers from a column on are there.
+  FWP_DEVICE int room(int column, int most) const {
+    const int left = columns - column;
+    return left < 0 ? 0 : left < most ? left : most;
   }
   template <class X>
   FWP_DEVICE X* at(int row, int column) const {
@@ -154,16 +163,16 @@ FWP_DEVICE void copy_rows(const HeadRows& x, Half* tile) {
   using Mine = Pieces<D, kChunk, threads>;
   const Mine mine = Mine::mine();
   if (x.dtype == DType::f32) return;
+  const int room = x.room(mine.column, 8);
   if (x.wide) {
     FWP_UNROLL for (int i = 0; i < Mine::count; ++i) {
-      const int row = mine.row + i * Mine::step, valid = x.valid(row, mine.column);
-      copy_async<16>(mine.in(tile, i), valid > 0 ? x.at<char>(0, 0) + 2 * (row * x.stride + mine.column) : x.data,
-                     2 * valid);
+      const int row = mine.row + i * Mine::step, valid = row < x.count ? room : 0;
+      copy_async<16>(mine.in(tile, i), valid > 0 ? x.at<Half>(row, mine.column) : x.at<Half>(0, 0), 2 * valid);
     }
     return;
   }
   FWP_ROLLED for (int i = 0; i < Mine::count; ++i) {
-    const int row = mine.row + i * Mine::step, valid = x.valid(row, mine.column);
+    const int row = mine.row + i * Mine::step, valid = row < x.count ? room : 0;
     Quad piece = {};
     FWP_UNROLL for (int j = 0; j < 8; ++j) if (j < valid) piece.x[j / 2] |=
         static_cast<uint32_t>(load_global(x.at<Half>(row, mine.column) + j).bits) << (16 * (j % 2));
@@ -196,7 +205,7 @@ FWP_DEVICE uint32_t scale_rows(const HeadRows& x, Half* tile, float* up, const f
   uint32_t most = 0;
   if (x.dtype == DType::f32) {
     FWP_ROLLED for (int i = 0; i < Mine::count; ++i) {
-      const int row = mine.row + i * Mine::step, valid = x.valid(row, mine.column);
+      const int row = mine.row + i * Mine::step, valid = row < x.count ? x.room(mine.column, 8) : 0;
       float y[8] = {};
       if (x.wide && valid == 8) {
         FWP_UNROLL for (int j = 0; j < 8; j += 4) {
@@ -319,23 +328,25 @@ FWP_DEVICE void store_rows(Half* tile, int m, int n, const float (&d)[4], const 
 
 // d[16][8] into rows m.. of an array, columns from n on: rounded once, what is not there left out.
 FWP_DEVICE void store_fragment(const HeadRows& x, int m, int n, const float (&d)[4]) {
+  const int column = n + 2 * (lane() % 4), room = x.room(column, 2);
   FWP_UNROLL for (int i = 0; i < 2; ++i) {
-    const int row = m + lane() / 4 + 8 * i, column = n + 2 * (lane() % 4), valid = x.valid(row, column);
+    const int row = m + lane() / 4 + 8 * i;
+    if (row >= x.count) continue;
     if (x.dtype == DType::f32) {
       float* const to = x.at<float>(row, column);
-      if (x.wide && valid > 1) {
+      if (x.wide && room == 2) {
         store_global(reinterpret_cast<Two*>(to), Two{{bits_of(d[2 * i]), bits_of(d[2 * i + 1])}});
       } else {
-        FWP_UNROLL for (int j = 0; j < 2; ++j) if (j < valid) store_global(to + j, d[2 * i + j]);
+        FWP_UNROLL for (int j = 0; j < 2; ++j) if (j < room) store_global(to + j, d[2 * i + j]);
       }
       continue;
     }
     const uint32_t two = pack(x.dtype, d[2 * i], d[2 * i + 1]);
     Half* const to = x.at<Half>(row, column);
-    if (x.wide && valid > 1) {
+    if (x.wide && room == 2) {
       store_global(reinterpret_cast<uint32_t*>(to), two);
     } else {
-      FWP_UNROLL for (int j = 0; j < 2; ++j) if (j < valid)
+      FWP_UNROLL for (int j = 0; j < 2; ++j) if (j < room)
           store_global(to + j, Half{static_cast<uint16_t>(two >> (16 * j))});
     }
   }
@@ -382,34 +393,39 @@ FWP_DEVICE void turn(float& first, float& second) {
   (odd ? first : second) = other;
 }
 
-// d = X^T [16][8] into rows, tokens from `row` on, of an array: rounded once, what is not there left out.
+// d = X^T [16][8] into rows of float32, tokens from `row` on; what is not there is left out.
 FWP_DEVICE void store_turned(const HeadRows& x, int row, float (&d)[4]) {
-  const int g = lane() / 4, token = row + 2 * (lane() % 4) + g % 2;
+  const int g = fresh(lane() / 4), token = row + 2 * (lane() % 4) + g % 2;
   turn(d[0], d[1]);
   turn(d[2], d[3]);
-  if (x.dtype == DType::f32) {
-    FWP_UNROLL for (int i = 0; i < 2; ++i) {
-      const int column = g / 2 * 2 + 8 * i, valid = x.valid(token, column);
-      float* const to = x.at<float>(token, column);
-      if (x.wide && valid > 1) {
-        store_global(reinterpret_cast<Two*>(to), Two{{bits_of(d[2 * i]), bits_of(d[2 * i + 1])}});
-      } else {
-        FWP_UNROLL for (int j = 0; j < 2; ++j) if (j < valid) store_global(to + j, d[2 * i + j]);
-      }
+  if (token >= x.count) return;
+  FWP_UNROLL for (int i = 0; i < 2; ++i) {
+    const int column = g / 2 * 2 + 8 * i, room = x.room(column, 2);
+    float* const to = x.at<float>(token, column);
+    if (x.wide && room == 2) {
+      store_global(reinterpret_cast<Two*>(to), Two{{bits_of(d[2 * i]), bits_of(d[2 * i + 1])}});
+    } else {
+      FWP_UNROLL for (int j = 0; j < 2; ++j) if (j < room) store_global(to + j, d[2 * i + j]);
     }
-    return;
   }
+}
+// The same into rows of 16-bit numbers, rounded once.
+FWP_DEVICE void store_turned_halves(const HeadRows& x, int row, float (&d)[4]) {
+  const int g = fresh(lane() / 4), token = row + 2 * (lane() % 4) + g % 2;
+  turn(d[0], d[1]);
+  turn(d[2], d[3]);
   // Once more, so that the lanes of a token write 32 bytes together: four columns each.
   const uint32_t left = pack(x.dtype, d[0], d[1]), right = pack(x.dtype, d[2], d[3]);
   const bool odd = g / 2 % 2 == 1;
   const uint32_t other = shuffle_xor(odd ? left : right, 8);
   const Two four = odd ? Two{{other, right}} : Two{{left, other}};
-  const int column = g / 4 * 4 + (odd ? 8 : 0), valid = x.valid(token, column);
+  const int column = g / 4 * 4 + (odd ? 8 : 0), room = x.room(column, 4);
   Half* const to = x.at<Half>(token, column);
-  if (x.wide && valid > 3) {
+  if (token >= x.count) return;
+  if (x.wide && room == 4) {
     store_global(reinterpret_cast<Two*>(to), four);
   } else {
-    FWP_UNROLL for (int j = 0; j < 4; ++j) if (j < valid)
+    FWP_UNROLL for (int j = 0; j < 4; ++j) if (j < room)
         store_global(to + j, Half{static_cast<uint16_t>(four.x[j / 2] >> (16 * (j % 2)))});
   }
 }
