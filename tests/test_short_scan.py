@@ -1,4 +1,4 @@
-"""A scan of a few tokens works in the memory of its last states: it has the bits of a step, of longer scans."""
+"""A scan of a few tokens works in the memory of its last states, with the bits of a step."""
 
 import numpy as np
 import pytest
