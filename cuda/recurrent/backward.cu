@@ -97,7 +97,6 @@ void backward(const Problem& p, const Cut& cut, void* workspace, const int32_t* 
     bool adds = false;
     for (const Gradient<T>& gradient : plan.gradients)
       adds = adds || (gradient.to.data != nullptr && gradient.partial != nullptr);
-    const auto grid = [](int64_t blocks) { return Grid{static_cast<unsigned>(blocks)}; };
     // Empty sequences may stand after the last token.
     const int64_t longest = packed(p) ? p.T : (p.N + plan.cut.strips - 1) / plan.cut.strips * p.T;
     const int64_t windows = plan.whole ? 1 : longest / plan.cut.window + 1;

@@ -54,7 +54,7 @@ void step(const Problem& p, void* workspace, Queue& queue) {
     plan.z = memory.z;
     launch_forward<true>(p, plan, queue);
     if (plan.z != nullptr)
-      queue.run("put_z", put_z<T>, {static_cast<unsigned>(p.N * p.H)}, threads(p), 0, p, static_cast<const T*>(plan.z));
+      queue.run("put_z", put_z<T>, grid(p.N * p.H), threads(p), 0, p, static_cast<const T*>(plan.z));
   });
 }
 

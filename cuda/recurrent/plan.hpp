@@ -11,6 +11,10 @@
 namespace fwp::cuda::recurrent {
 
 inline bool packed(const Problem& p) { return p.cu_seqlens != nullptr || p.device_cu_seqlens.data != nullptr; }
+inline Grid grid(int64_t blocks) {
+  if (blocks > INT32_MAX) throw Error("more sequences, heads and value columns than there can be blocks of threads");
+  return {static_cast<unsigned>(blocks)};
+}
 inline int64_t tiles(const Problem& p) { return std::max<int64_t>(1, (p.V + kColumns - 1) / kColumns); }
 inline int64_t warps(const Problem& p) {
   return std::min<int64_t>(std::max<int64_t>((p.K + kWarpSize - 1) / kWarpSize, 1), kMostWarps);
@@ -27,12 +31,13 @@ struct Room {
 
   // `states` tiles at once, and bytes of what threads share beside Common.
   Room(const Problem& p, int states, size_t more)
-      : numbers((p.K * (states * kTileRow + kRow<T>)+kQuad<T> - 1) / kQuad<T> * kQuad<T>),
+      : numbers(whole_quads(p.K * (kRow<T> + states * kTileRow))),
         fixed(sizeof(Common<T>) + static_cast<size_t>(warps(p)) * sizeof(T[2 * kBlock<T> * kColumns]) + more),
         in_shared(fixed + static_cast<size_t>(numbers) * sizeof(T) <= most_shared_bytes(p.device)) {}
 
   size_t shared_bytes() const { return fixed + (in_shared ? static_cast<size_t>(numbers) * sizeof(T) : 0); }
   int64_t workspace(int64_t blocks) const { return in_shared ? 0 : blocks * numbers; }
+  static int64_t whole_quads(int64_t n) { return (n + kQuad<T> - 1) / kQuad<T> * kQuad<T>; }
 };
 
 // f(Rule, Decay, Place) with values of the types. In the workspace one kernel serves all decays.
