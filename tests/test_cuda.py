@@ -410,7 +410,7 @@ def test_consumers_say_which_stream_they_use():
 def test_the_current_stream_of_cupy(monkeypatch):
     stream = types.SimpleNamespace(ptr=STREAM)
     cupy = types.ModuleType("cupy")
-    cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: stream)
+    cupy.cuda = types.SimpleNamespace(get_current_stream=[stream].__getitem__)
     cupy.from_dlpack = lambda x: ndarray(Namespace.from_dlpack(x).x)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
 
