@@ -1,4 +1,4 @@
-"""torch tensors on a GPU, where there is one: what torch does with calls, beside the values of test_gpu.py."""
+"""torch tensors on a GPU, where there is one: what torch does with calls; test_gpu.py looks at values."""
 
 import gc
 
