@@ -129,9 +129,9 @@ DLDevice device_of(const char* name, py::handle object) {
   }
 }
 
-Stream work_stream(py::handle object) {
+Stream work_stream(py::handle object, DLDevice device) {
   if (module_name(object) != "cupy") return {kDefaultStream, {}};
-  const py::object stream = py::module_::import("cupy").attr("cuda").attr("get_current_stream")();
+  const py::object stream = py::module_::import("cupy").attr("cuda").attr("get_current_stream")(device.device_id);
   void* const handle = reinterpret_cast<void*>(stream.attr("ptr").cast<uintptr_t>());
   return {handle != nullptr ? handle : kDefaultStream, stream};
 }

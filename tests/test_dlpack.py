@@ -728,17 +728,6 @@ def test_copies_of_an_array():
     same_bits(deep, abs(X))
 
 
-def test_cupy_arrays_are_of_a_gpu():
-    try:
-        import cupy
-
-        x = cupy.ones((1, 2, 1, 3), cupy.float32)
-    except Exception:
-        pytest.skip("no GPU that CuPy finds")
-    with pytest.raises(fwp.DeviceError, match="^q: expected memory of the CPU, .* got cuda:"):
-        fwp.linear_attention(x, x, x)
-
-
 def test_an_array_is_written_in_place():
     k = Producer(np.ones((1, 2, 3), np.float32))
     state = own(np.zeros((1, 2, 3, 3), np.float32))

@@ -419,6 +419,22 @@ TEST_CASE("threads do not change a bit") {
   CHECK(fwp_set_num_threads(threads) == FWP_OK);
 }
 
+TEST_CASE("memory of devices") {
+  char from[] = "abc", to[] = "xyz";
+  CHECK(fwp_device_copy(-1, to, from, 3, nullptr) == FWP_ARGUMENT_ERROR);
+  CHECK(fwp_device_wait(-1, from, to) == FWP_ARGUMENT_ERROR);
+  CHECK(fwp_device_allocate(-1, 3, nullptr) == nullptr);
+  const std::string state = fwp_cuda_state();
+  if (state == "available" || state == "emulated") return;
+  const std::string expected = "device: expected memory of the CPU, since CUDA is " + state + ", got cuda:0";
+  CHECK(fwp_device_copy(0, to, from, 3, nullptr) == FWP_DEVICE_ERROR);
+  CHECK(fwp_last_error() == expected);
+  CHECK(fwp_device_wait(0, from, to) == FWP_DEVICE_ERROR);
+  CHECK(fwp_device_allocate(0, 3, nullptr) == nullptr);
+  CHECK(fwp_last_error() == expected);
+  CHECK(std::string(to) == "xyz");
+}
+
 TEST_CASE("a library that knows itself") {
   CHECK(fwp_abi_version() == FWP_ABI_VERSION);
   CHECK(std::string(fwp_version()) == FWP_EXPECTED_VERSION);

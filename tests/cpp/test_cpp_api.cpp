@@ -296,6 +296,23 @@ TEST_CASE_FIXTURE(Problem, "errors are exceptions with the code and the message 
   CHECK_THROWS_AS((fwp::view(x.q.data(), {1, 1, 1, 1, 1})), fwp::Error);
 }
 
+TEST_CASE_FIXTURE(Problem, "tensors of devices and streams go to the library as they are") {
+  fwp::options on_stream;
+  on_stream.stream = &x;
+  CHECK_THROWS_WITH_AS(fwp::delta_fwd(in, outputs(), on_stream), "stream: expected NULL for CPU tensors, got a stream",
+                       fwp::Error);
+  in.k = in.k.cuda(3);
+  CHECK_THROWS_WITH_AS(fwp::delta_fwd(in, outputs()), "k: expected a tensor on the CPU, as q is, got one on cuda:3",
+                       fwp::Error);
+  in.q = in.q.cuda();
+  try {
+    fwp::delta_fwd(in, outputs());
+    FAIL("a device was found");
+  } catch (const fwp::Error& error) {
+    CHECK(error.code() == FWP_DEVICE_ERROR);
+  }
+}
+
 TEST_CASE("threads and level can be asked for and set") {
   const int before = fwp::get_num_threads();
   fwp::set_num_threads(2);

@@ -77,6 +77,13 @@ class view {
 
   bool present() const noexcept { return present_; }
 
+  // The same, of memory on a CUDA device.
+  view cuda(int device = 0) const noexcept {
+    view there = *this;
+    there.tensor_.device = {kDLCUDA, device};
+    return there;
+  }
+
   // Points into this view.
   DLTensor tensor() const noexcept {
     DLTensor tensor = tensor_;
@@ -106,6 +113,7 @@ struct options {
   int qk_norm = FWP_NORM_NONE;
   bool attention_norm = false;
   double eps = 1e-6;
+  void* stream = nullptr;  // cudaStream_t that work on tensors of a device is put on
 };
 struct inputs {
   view q{}, k{}, v{}, beta{}, g{}, h0{}, cu_seqlens{}, state_indices{};
@@ -119,7 +127,8 @@ struct cotangents {
 struct gradients {
   view dq{}, dk{}, dv{}, dbeta{}, dg{}, dh0{};
 };
-// Scratch memory aligned to 64 bytes, of the size that the *_workspace function returns; by default the library's own.
+// Scratch memory aligned to 64 bytes, of the size that the *_workspace function returns, where the tensors are; by
+// default the library's own.
 struct workspace {
   void* data = nullptr;
   size_t bytes = 0;
@@ -190,7 +199,7 @@ void fwd(Forward* forward, const inputs& in, const outputs& out, const options& 
   const fwp_outputs outputs{sizeof(fwp_outputs), o.get(), hT.get(), checkpoints.get()};
   const c_options settings(options);
   with_inputs(in, [&](const fwp_inputs* inputs) {
-    return forward(settings.get(), inputs, &outputs, scratch.data, scratch.bytes, nullptr);
+    return forward(settings.get(), inputs, &outputs, scratch.data, scratch.bytes, options.stream);
   });
 }
 
@@ -203,7 +212,7 @@ void bwd(Backward* backward, const inputs& in, const cotangents& from, const gra
   const fwp_gradients gradients{sizeof(fwp_gradients), dq.get(), dk.get(), dv.get(), dbeta.get(), dg.get(), dh0.get()};
   const c_options settings(options);
   with_inputs(in, [&](const fwp_inputs* inputs) {
-    return backward(settings.get(), inputs, &cotangents, &gradients, scratch.data, scratch.bytes, nullptr);
+    return backward(settings.get(), inputs, &cotangents, &gradients, scratch.data, scratch.bytes, options.stream);
   });
 }
 
@@ -213,7 +222,7 @@ void step(Step* function, const inputs& in, const view& state, const view& o, co
   const pointer S(state), out(o);
   const c_options settings(options);
   with_inputs(in, [&](const fwp_inputs* inputs) {
-    return function(settings.get(), inputs, S.get(), out.get(), scratch.data, scratch.bytes, nullptr);
+    return function(settings.get(), inputs, S.get(), out.get(), scratch.data, scratch.bytes, options.stream);
   });
 }
 
@@ -222,7 +231,7 @@ void diagnose(Diagnose* function, const inputs& in, const view& probes, const op
   const pointer out(probes);
   const c_options settings(options);
   with_inputs(in, [&](const fwp_inputs* inputs) {
-    return function(settings.get(), inputs, out.get(), scratch.data, scratch.bytes, nullptr);
+    return function(settings.get(), inputs, out.get(), scratch.data, scratch.bytes, options.stream);
   });
 }
 
@@ -315,13 +324,14 @@ inline int64_t feature_size(const feature_map& map, int64_t n) {
   return size;
 }
 // y [M,K] = phi(x [M,n]), and d_x from d_y.
-inline void feature_map_fwd(const feature_map& map, const view& x, const view& y) {
+inline void feature_map_fwd(const feature_map& map, const view& x, const view& y, void* stream = nullptr) {
   const detail::pointer in(x), out(y);
-  check(fwp_feature_map_fwd(detail::c_map(map).get(), in.get(), out.get(), nullptr));
+  check(fwp_feature_map_fwd(detail::c_map(map).get(), in.get(), out.get(), stream));
 }
-inline void feature_map_bwd(const feature_map& map, const view& d_y, const view& x, const view& d_x) {
+inline void feature_map_bwd(const feature_map& map, const view& d_y, const view& x, const view& d_x,
+                            void* stream = nullptr) {
   const detail::pointer dy(d_y), in(x), dx(d_x);
-  check(fwp_feature_map_bwd(detail::c_map(map).get(), dy.get(), in.get(), dx.get(), nullptr));
+  check(fwp_feature_map_bwd(detail::c_map(map).get(), dy.get(), in.get(), dx.get(), stream));
 }
 
 // ---- library ----
