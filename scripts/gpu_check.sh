@@ -136,7 +136,7 @@ benchmark() {
 
 # ---- one after the other ----
 
-STEPS="machine:10 packages:30 build:140 goldens:25 cases:25 tests:90 sanitizers:60 benchmark:"
+STEPS="machine:10 packages:30 build:140 goldens:40 cases:30 tests:90 sanitizers:50 benchmark:"
 
 # Runs a step; its limit is its share, or all that is left. Adds a line to the summary.
 step() {
