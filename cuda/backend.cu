@@ -271,7 +271,10 @@ Outcome backward(const Problem& p, void* workspace) {
                    [&](Plan& plan, Queue& queue) { plan_backward(p, plan, &queue); });
 }
 Outcome map_rows(const Problem& p, void*) {
-  return on_device(p, nullptr, 0, [&](Plan&, Queue& queue) {
+  Problem one_head = p;  // as memory_of looks at it
+  one_head.N = one_head.H = 1;
+  one_head.V = p.K;
+  return on_device(one_head, nullptr, 0, [&](Plan&, Queue& queue) {
     const features::Shape shape{1, p.T, 1};
     if (p.d_o.data == nullptr)
       features::forward(p.features, shape, p.q, p.o, queue);
