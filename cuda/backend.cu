@@ -305,6 +305,18 @@ void deallocate(int device, void* memory, void* stream) {
     device_free(device, memory, stream);
   });
 }
+Outcome copy(int device, void* to, const void* from, size_t bytes, void* stream) {
+  return guarded([&] {
+    const UseDevice use(device);
+    device_copy(to, from, bytes, stream);
+  });
+}
+Outcome wait(int device, void* from, void* to) {
+  return guarded([&] {
+    const UseDevice use(device);
+    device_wait(from, to);
+  });
+}
 
 }  // namespace
 }  // namespace fwp::cuda
@@ -325,6 +337,8 @@ extern "C" __attribute__((visibility("default"))) const fwp::Backend* fwp_cuda_b
                                   [] { return static_cast<const char*>(fwp::cuda::error_of_thread); },
                                   fwp::cuda::allocate,
                                   fwp::cuda::deallocate,
+                                  fwp::cuda::copy,
+                                  fwp::cuda::wait,
                                   fwp::cuda::device_trim};
   return &table;
 }

@@ -5,6 +5,8 @@
 #define FWP_DEVICE __device__ __forceinline__
 #define FWP_PARAMETER const __grid_constant__
 #define FWP_UNROLL _Pragma("unroll")
+#define FWP_PRAGMA(text) _Pragma(#text)
+#define FWP_UNROLL_BY(n) FWP_PRAGMA(unroll n)
 
 namespace fwp::cuda {
 
@@ -15,6 +17,15 @@ FWP_DEVICE unsigned block_index_y() { return blockIdx.y; }
 FWP_DEVICE unsigned block_index_z() { return blockIdx.z; }
 FWP_DEVICE int lane() { return thread_index() % kWarpSize; }
 FWP_DEVICE int warp() { return thread_index() / kWarpSize; }
+template <class T>
+FWP_DEVICE T fresh(T x) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one or two registers");
+  if constexpr (sizeof(T) == 4)
+    asm volatile("" : "+r"(x));
+  else
+    asm volatile("" : "+l"(x));
+  return x;
+}
 
 FWP_DEVICE void* shared_memory() {
   extern __shared__ __align__(16) unsigned char fwp_shared[];
@@ -41,16 +52,17 @@ template <class T>
 FWP_DEVICE void store_global(T* p, T x) {
   *p = x;
 }
+FWP_DEVICE void raise(int32_t* flag) { *static_cast<volatile int32_t*>(flag) = 1; }
 
 template <int bytes>
 FWP_DEVICE void copy_async(void* shared, const void* global, int valid = bytes) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16, "cp.async copies 4, 8 or 16 bytes");
   if constexpr (bytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(valid));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "r"(valid));
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(bytes),
-                 "r"(valid));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "n"(bytes), "r"(valid));
   }
 }
 FWP_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;"); }

@@ -12,6 +12,7 @@
 #define FWP_DEVICE inline
 #define FWP_PARAMETER const
 #define FWP_UNROLL _Pragma("GCC unroll 32")
+#define FWP_UNROLL_BY(n)
 // The last parameters of a primitive, and what they make.
 #define FWP_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define FWP_AT(name) (simt::Site{name, file, line})
@@ -25,6 +26,10 @@ inline unsigned block_index_y() { return simt::block_index().y; }
 inline unsigned block_index_z() { return simt::block_index().z; }
 inline int lane() { return thread_index() % kWarpSize; }
 inline int warp() { return thread_index() / kWarpSize; }
+template <class T>
+T fresh(T x) {
+  return x;
+}
 inline void* shared_memory() { return simt::shared_memory(); }
 
 inline void sync_block(FWP_CALLER) { simt::sync_block(FWP_AT("sync_block")); }
@@ -49,6 +54,10 @@ template <class T>
 void store_global(T* p, std::common_type_t<T> x, FWP_CALLER) {
   simt::touch_global(p, sizeof(T), simt::Access::write, FWP_AT("store_global"));
   *p = x;
+}
+inline void raise(int32_t* flag, FWP_CALLER) {
+  simt::touch_global(flag, sizeof *flag, simt::Access::raise, FWP_AT("raise"));
+  *flag = 1;
 }
 
 template <int bytes>

@@ -6,8 +6,11 @@
 //   FWP_UNROLL                               before a loop whose variables shall be registers
 //   thread_index() block_index_x() .. block_threads() lane() warp()
 //   shared_memory()                          dynamic shared memory of the block, aligned to 16 bytes
+//   fresh(x)                                 x, an integer or a pointer, hidden from the compiler: in a loop, what
+//                                            follows from it is computed again instead of kept in registers
 //   sync_block() sync_warp()
 //   load_shared(p) store_shared(p, x) load_global(p) store_global(p, x)     p aligned to sizeof x: 2, 4, 8 or 16 bytes
+//   raise(flag)                              *flag = 1, by any number of threads; for kernels after this one to read
 //   copy_async<bytes>(shared, global, valid) commit_copies() wait_copies<groups_left>()
 //                                            the first `valid` bytes come from global memory, the rest are zeros
 //   shuffle(x, lane) shuffle_xor(x, mask)    32-bit and 64-bit x of another lane; all 32 lanes call

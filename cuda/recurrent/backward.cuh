@@ -55,7 +55,9 @@ struct BackwardPlan {
   BackwardPlan(const Problem& p, const Cut& of, const int32_t* only, Arena& arena);
 
   int64_t blocks(const Problem& p) const { return cut.strips * p.H * tiles; }
-  FWP_DEVICE int64_t first_sequence(const Problem& p, int64_t strip) const { return strip * p.N / cut.strips; }
+  FWP_DEVICE int first_sequence(const Problem& p, int64_t strip) const {
+    return static_cast<int>(strip * p.N / cut.strips);
+  }
   // Of token `at` among all of the call, in the window that begins with token `begin`.
   FWP_DEVICE int64_t row(int64_t strip, int64_t at, int64_t begin) const {
     return whole ? at : strip * rows + at - begin;
@@ -71,43 +73,46 @@ struct Backward {
   const Problem& p;
   const BackwardPlan<T>& plan;
   Tile block;
-  T* D;  // adjoint of the state after what is to come, [K][kTileRow], Place; dz in its last column
+  T* D;  // adjoint of the state after what is to come, as S; dz in its last column
   Adjoints<T>* shared;
-  int64_t tile;
-  int width;          // columns of the tile that are there
   int64_t first_row;  // of partial sums, that of the sequence's first token
-  T* states;
-  T* errors;
 
-  // Tokens [t0, end) of the sequence, S being the state before them: forward to the end, and from there C tokens at a
-  // time back, each time from the state before them; gates may cut them into several blocks, the last of which is next.
-  FWP_DEVICE void segment(int64_t t0, int64_t end) const {
-    const int64_t size = p.K * kTileRow;
+  // The tokens from t0 on, S being the state before them: forward to the last one, and from there C tokens at a time
+  // back, each time from the state before them; gates may cut them into several blocks, the last of which is next.
+  FWP_DEVICE void segment(int64_t t0, int tokens) const {
+    const int64_t size = p.K * kTileRow, number = block_index_x();
+    T* const states = plan.states + number * (plan.cut.segment / C) * size;
+    T* const errors = plan.errors + number * plan.cut.segment * kColumns;
     bool forward = true;
-    for (int64_t t = t0, last = end; last > t0;) {
-      T* const state = states + (t - t0) / C * size;
-      T* const e = errors + (t - t0) * kColumns + lane();
-      if (forward && t % C == 0) block.template copy<Place, InWorkspace>(block.S, state);
-      if (!forward && t % C == 0) block.template copy<InWorkspace, Place>(state, block.S);
-      const int64_t next = (t / C + 1) * C;
-      const int n = block.stage(t, static_cast<int>((next < last ? next : last) - t), !forward);
-      if (forward || t + n < last) {
-        advance(t, n, e, forward);
-        t += n;
+    for (int at = 0, last = tokens; last > 0;) {
+      T* const state = states + at / C * size;
+      T* const e = errors + at * kColumns + lane();
+      if (forward && at % C == 0) block.template copy<Place, InWorkspace>(block.S, state);
+      if (!forward && at % C == 0) block.template copy<InWorkspace, Place>(state, block.S);
+      const int next = (at / C + 1) * C;
+      const int n = block.stage(t0 + at, (next < last ? next : last) - at, !forward);
+      if (forward || at + n < last) {
+        advance(t0 + at, n, e, forward);
+        at += n;
       } else {
-        retreat(t, n, e);
-        last = t;
-        t = (last - 1) / C * C;
+        retreat(t0 + at, n, e);
+        last = at;
+        at = (last - 1) / C * C;
       }
-      if (forward && t == end) {
+      if (forward && at == tokens) {
         forward = false;
-        t = (end - 1) / C * C;
+        at = (tokens - 1) / C * C;
         sync_block();  // errors
       }
     }
   }
 
  private:
+  FWP_DEVICE int width() const {  // columns of the tile that are there
+    const int64_t left = p.V - int64_t{block.tile} * kColumns;
+    return left < kColumns ? static_cast<int>(left) : kColumns;
+  }
+
   FWP_DEVICE void advance(int64_t t, int n, T* e_of_tokens, bool keep) const {
     T v[C], beta[C], e[C], u[C], o[C];
     block.load_column(p.v, t, n, v);
@@ -151,7 +156,7 @@ struct Backward {
     }
     FWP_UNROLL for (int i = 0; i < 4; ++i) if (i % warps() == warp())
         store_row<InShared, C>(shared->columns[lane()] + i * C, x + i * C);
-    if (block.there) put(kV, t, n, lane(), de, warp(), warps());
+    if (block.there()) put(kV, t, n, lane(), de, warp(), warps());
   }
 
   // dP_ti = do_t . u_i for i <= t and dM_ti = -de_t . u_i for i < t in the square dMP; dbeta_t = sum of p_t e_t.
@@ -161,7 +166,7 @@ struct Backward {
       const bool is_beta = m >= C * C, is_M = a > b;
       const int x = is_beta ? 3 * C + b : is_M ? a : C + b, u = 2 * C + (is_M ? b : a);
       T sum = 0;
-      for (int j = 0; j < width; ++j) {
+      for (int j = 0; j < width(); ++j) {
         const T value = load_shared(shared->columns[j] + x);
         sum += is_beta ? value : value * load_shared(shared->columns[j] + u);
       }
@@ -182,7 +187,7 @@ struct Backward {
       load_row<Place, 2 * C>(at, row);
       const T A = Decay::decays ? block.A(d) : T(1);
       const bool cleared = clears(t, n, d);
-      for (int j = 0; j < width; ++j) {
+      for (int j = 0; j < width(); ++j) {
         const T S = Place::load(block.S + d * kTileRow + j);
         T x = Place::load(D + d * kTileRow + j), column[3 * C];
         load_row<InShared, 3 * C>(shared->columns[j], column);
@@ -310,56 +315,45 @@ struct Backward {
   }
   FWP_DEVICE int64_t at(const Gradient<T>& gradient, int64_t t) const {
     if (gradient.partial == nullptr)
-      return block.at(gradient.to, t) + (gradient.tiles_share ? 0 : tile * gradient.width);
-    return (((first_row + t) * p.H + block.h) * plan.tiles + tile) * gradient.width;
+      return block.at(gradient.to, t) + (gradient.tiles_share ? 0 : block.tile * gradient.width);
+    return (((first_row + t) * p.H + block.h) * plan.tiles + block.tile) * gradient.width;
   }
 };
 
 template <class T, class Rule, class Decay, class Place>
 FWP_KERNEL void scan_backward(FWP_PARAMETER Problem p, FWP_PARAMETER BackwardPlan<T> plan, int64_t window) {
-  constexpr int C = kBlock<T>;
-  const int64_t number = block_index_x(), tile = number % plan.tiles, size = p.K * kTileRow;
-  const int64_t h = number / plan.tiles % p.H, strip = number / plan.tiles / p.H;
-  const int64_t first = plan.first_sequence(p, strip), last = plan.first_sequence(p, strip + 1);
+  const int64_t number = block_index_x(), strip = number / plan.tiles / p.H, size = p.K * kTileRow;
+  const int h = static_cast<int>(number / plan.tiles % p.H), tile = static_cast<int>(number % plan.tiles);
+  const int first = plan.first_sequence(p, strip), last = plan.first_sequence(p, strip + 1);
   const int64_t begin = first_token(p, first) + window * plan.cut.window;
   const int64_t end = plan.whole ? INT64_MAX : begin + plan.cut.window;
-  const int64_t columns = p.V - tile * kColumns, segment = plan.cut.segment;
+  const int64_t segment = plan.cut.segment;
   auto block = block_of<T, Rule, Decay, Place>(p, {}, h, tile, number, plan.room, plan.workspace);
   T* const D = block.S + size;
   T* const kept = plan.adjoints + number * size;
   auto* const shared = reinterpret_cast<Adjoints<T>*>(static_cast<char*>(shared_memory()) + plan.room.fixed) - 1;
 
   bool goes_on = false, started = false;  // whether D is that of a sequence whose begin is not reached
-  for (int64_t n = last - 1; n >= first; --n) {
+  for (int n = last - 1; n >= first; --n) {
     const int64_t begins = first_token(p, n);
     if (begins >= end || !plan.wanted(p, n, h)) continue;
     block.s = sequence(p, n);
-    const int64_t length = block.s.length, count = length > 0 ? (length + segment - 1) / segment : 1;
-    const int64_t before = (end - 1 - begins) / segment + 1;  // segments that begin in this window or an earlier one
-    for (int64_t i = (before < count ? before : count) - 1; i >= 0 && begins + i * segment >= begin; --i) {
-      const int64_t t0 = i * segment, to = length - t0 < segment ? length : t0 + segment;
-      if (i == count - 1)
+    const int64_t length = block.s.length, reach = (length < end - begins ? length : end - begins) - 1;
+    for (int64_t t0 = reach / segment * segment; t0 >= 0 && begins + t0 >= begin; t0 -= segment) {
+      const int64_t left = length - t0;
+      if (left <= segment)
         block.load_state(p.d_hT, n, D, tile == 0);
       else if (!started)
         block.template copy<InWorkspace, Place>(kept, D);
-      if (i == 0)
+      if (t0 == 0)
         block.load_state(p.h0, n, block.S);
       else
         block.template copy<InWorkspace, Place>(plan.checkpoints.at(p, begins, t0, h, tile, plan.tiles), block.S);
-      Backward<T, Rule, Decay, Place>{p,
-                                      plan,
-                                      block,
-                                      D,
-                                      shared,
-                                      tile,
-                                      static_cast<int>(columns < kColumns ? columns : kColumns),
-                                      plan.row(strip, begins, begin),
-                                      plan.states + number * (segment / C) * size,
-                                      plan.errors + number * segment * kColumns}
-          .segment(t0, to);
+      const Backward<T, Rule, Decay, Place> backward{p, plan, block, D, shared, plan.row(strip, begins, begin)};
+      backward.segment(t0, static_cast<int>(left < segment ? left : segment));
       started = true;
-      goes_on = i > 0;
-      if (i > 0) continue;
+      goes_on = t0 > 0;
+      if (goes_on) continue;
       block.store_state(D, p.dh0, n, false);
       if (p.attention_norm)
         for_channels(block.K(), [&](typename Place::Index d) {

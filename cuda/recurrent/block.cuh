@@ -100,17 +100,18 @@ FWP_DEVICE void with_stored(DType dtype, const F& f) {
   }
 }
 
-// Numbers of C tokens, `step` apart: n of them, zeros for the others. No branches: in place of those, the first is
-// read.
+// Numbers of C tokens, `step` apart: n of them, zeros for the others. No branches: in place of those, the last is read.
+// Places are made one from the other, because compilers would keep all multiples of all steps in registers.
 template <class T, int C>
 FWP_DEVICE void load_tokens(const Rows& rows, int64_t at, int64_t step, int n, T (&x)[C]) {
   FWP_UNROLL for (int t = 0; t < C; ++t) x[t] = 0;
   if (n <= 0) return;
   with_stored<T>(rows.dtype, [&](auto type) {
-    const auto* const from = static_cast<const decltype(type)*>(rows.data) + at;
+    const auto* from = static_cast<const decltype(type)*>(rows.data) + at;
     FWP_UNROLL for (int t = 0; t < C; ++t) {
-      const auto y = widened(load_global(from + (t < n ? t * step : 0)));
+      const auto y = widened(load_global(from));
       x[t] = t < n ? static_cast<T>(y) : T(0);
+      from += t + 1 < n ? step : 0;
     }
   });
 }
@@ -120,11 +121,12 @@ FWP_DEVICE void store_tokens(const Rows& rows, int64_t at, int64_t step, int n, 
                              int of = 1) {
   with_stored<T>(rows.dtype, [&](auto type) {
     using X = decltype(type);
-    auto* const to = static_cast<X*>(rows.data) + at;
+    auto* to = static_cast<X*>(rows.data) + at;
     int part = 0;
     FWP_UNROLL for (int t = 0; t < C; ++t) {
-      if (t < n && part == first) store_global(to + t * step, Rounded<X>::of(static_cast<Accumulation<X>>(x[t])));
+      if (t < n && part == first) store_global(to, Rounded<X>::of(static_cast<Accumulation<X>>(x[t])));
       part = part + 1 == of ? 0 : part + 1;
+      to += step;
     }
   });
 }
@@ -179,16 +181,20 @@ struct alignas(16) Common {
   T sums[kMostWarps][kSums];  // of warps
 };
 
+// Of loops over rows; in the workspace there are no registers for more.
+template <class Index>
+constexpr int kUnroll = sizeof(Index) == 8 ? 1 : 4;
+
 // The channels of one thread: for each, its own; and the rows of a tile of its warp.
 template <class Index, class F>
 FWP_DEVICE void for_channels(Index K, const F& f) {
-  for (Index d = thread_index(); d < K; d += block_threads()) f(d);
+  FWP_UNROLL_BY(1) for (Index d = thread_index(); d < K; d += block_threads()) f(d);
 }
 template <class Index, class F>
 FWP_DEVICE void for_rows(Index K, const F& f) {
   for (Index first = warp() * kWarpSize; first < K; first += block_threads()) {
     const Index end = K - first < kWarpSize ? K : first + kWarpSize;
-    for (Index d = first; d < end; ++d) f(d);
+    FWP_UNROLL_BY(kUnroll<Index>) for (Index d = first; d < end; ++d) f(d);
   }
 }
 
@@ -200,14 +206,15 @@ struct Block {
 
   const Problem& p;
   Sequence s;
-  int64_t h, column;  // of v
-  bool there;         // whether this thread's column is one of the V
+  int h, tile;
   Common<T>* shared;
   T* column_sums;
   T* S;     // [K][kTileRow], Place
   T* rows;  // [K][kRow], Place
 
   FWP_DEVICE Index K() const { return static_cast<Index>(p.K); }
+  FWP_DEVICE int64_t column() const { return int64_t{tile} * kColumns + lane(); }
+  FWP_DEVICE bool there() const { return column() < p.V; }  // whether this thread's column is one of the V
   FWP_DEVICE int64_t at(const Rows& of, int64_t t) const { return row_at(of, s, t, h); }
 
   // Stages the tokens from t on, n of them or fewer, for the state S before them; returns how many. Every thread has
@@ -232,17 +239,17 @@ struct Block {
   }
   // This thread's column of rows of values, 0 beyond the V.
   FWP_DEVICE void load_column(const Rows& values, int64_t t, int n, T (&x)[C]) const {
-    load_tokens(values, at(values, t) + column, values.t, there ? n : 0, x);
+    load_tokens(values, at(values, t) + column(), values.t, there() ? n : 0, x);
   }
   FWP_DEVICE void load_MP(T (&MP)[C * C]) const { load_row<InShared, C * C>(shared->MP, MP); }
   FWP_DEVICE bool blind(int read) const { return p.attention_norm && load_shared(shared->blind + read) != 0; }
 
   // out[r] = sum over the channels of staged row first + r (kr, qr, kw: C each) times this thread's column of a tile.
   template <int first, int count>
-  FWP_DEVICE void read(const T* tile, T (&out)[count]) const {
+  FWP_DEVICE void read(const T* of, T (&out)[count]) const {
     T sum[count] = {};
     for_rows(K(), [&](Index d) {
-      const T x = Place::load(tile + d * kTileRow + lane());
+      const T x = Place::load(of + d * kTileRow + lane());
       T row[count];
       load_row<Place, count>(rows + d * kRow<T> + first, row);
       FWP_UNROLL for (int r = 0; r < count; ++r) sum[r] += row[r] * x;
@@ -295,25 +302,26 @@ struct Block {
   }
 
   // This warp's rows of a state of the caller's, or zeros.
-  FWP_DEVICE void load_state(const States& from, int64_t slot, T* tile, bool with_z = true) const {
+  FWP_DEVICE void load_state(const States& from, int64_t slot, T* to, bool with_z = true) const {
     const T* const state = static_cast<const T*>(from.data) + (from.data ? state_at(from, slot, h) : 0);
     for_rows(K(), [&](Index d) {
-      Place::store(tile + d * kTileRow + lane(), from.data && there ? load_global(state + d * from.k + column) : T(0));
+      Place::store(to + d * kTileRow + lane(),
+                   from.data && there() ? load_global(state + d * from.k + column()) : T(0));
     });
     if (p.attention_norm)
       for_channels(K(), [&](Index d) {
-        Place::store(z(tile, d), from.data && with_z ? load_global(state + d * from.k + p.V) : T(0));
+        Place::store(z(to, d), from.data && with_z ? load_global(state + d * from.k + p.V) : T(0));
       });
     sync_warp();
   }
-  FWP_DEVICE void store_state(const T* tile, const States& to, int64_t slot, bool with_z) const {
+  FWP_DEVICE void store_state(const T* from, const States& to, int64_t slot, bool with_z) const {
     if (!to.data) return;
     T* const state = static_cast<T*>(to.data) + state_at(to, slot, h);
-    if (there)
+    if (there())
       for_rows(K(),
-               [&](Index d) { store_global(state + d * to.k + column, Place::load(tile + d * kTileRow + lane())); });
+               [&](Index d) { store_global(state + d * to.k + column(), Place::load(from + d * kTileRow + lane())); });
     if (with_z && p.attention_norm)
-      for_channels(K(), [&](Index d) { store_global(state + d * to.k + p.V, Place::load(z(tile, d))); });
+      for_channels(K(), [&](Index d) { store_global(state + d * to.k + p.V, Place::load(z(from, d))); });
   }
 
   FWP_DEVICE void store_z(const T* tile, T* to) const {
@@ -333,13 +341,14 @@ struct Block {
   FWP_DEVICE void copy(const T* from, T* to) const {
     for (Index first = warp() * kWarpSize; first < K(); first += block_threads()) {
       const Index end = (K() - first < kWarpSize ? K() : first + kWarpSize) * kTileRow;
+      FWP_UNROLL_BY(kUnroll<Index>)
       for (Index i = first * kTileRow + lane(); i < end; i += kWarpSize) To::store(to + i, From::load(from + i));
     }
     sync_warp();
   }
 
-  FWP_DEVICE static T* z(T* tile, Index d) { return tile + d * kTileRow + kColumns; }
-  FWP_DEVICE static const T* z(const T* tile, Index d) { return tile + d * kTileRow + kColumns; }
+  FWP_DEVICE static T* z(T* of, Index d) { return of + d * kTileRow + kColumns; }
+  FWP_DEVICE static const T* z(const T* of, Index d) { return of + d * kTileRow + kColumns; }
   FWP_DEVICE T A(Index d) const { return Place::load(rows + d * kRow<T> + 3 * C); }
 
   // Whether gates are those of channels. In the workspace one kernel serves all decays: others are the same in all.
@@ -444,8 +453,8 @@ struct Block {
   }
 
   // Clears a channel of a tile, by selection: of what was there nothing survives, not even NaN.
-  FWP_DEVICE static void clear(T* tile, Index d) {
-    for (int j = 0; j < kTileRow; ++j) Place::store(tile + d * kTileRow + j, T(0));
+  FWP_DEVICE static void clear(T* of, Index d) {
+    for (int j = 0; j < kTileRow; ++j) Place::store(of + d * kTileRow + j, T(0));
   }
 };
 

@@ -60,8 +60,8 @@ struct ForwardPlan {
 
 // What a block of threads works in, from its number. `more` bytes of shared memory come after Common.
 template <class T, class Rule, class Decay, class Place>
-FWP_DEVICE Block<T, Rule, Decay, Place> block_of(const Problem& p, const Sequence& s, int64_t h, int64_t tile,
-                                                 int64_t number, const Room<T>& room, T* workspace) {
+FWP_DEVICE Block<T, Rule, Decay, Place> block_of(const Problem& p, const Sequence& s, int h, int tile, int64_t number,
+                                                 const Room<T>& room, T* workspace) {
   auto* const shared = static_cast<char*>(shared_memory());
   auto* const common = reinterpret_cast<Common<T>*>(shared);
   auto* const sums = reinterpret_cast<T*>(shared + sizeof(Common<T>));
@@ -70,16 +70,15 @@ FWP_DEVICE Block<T, Rule, Decay, Place> block_of(const Problem& p, const Sequenc
     rows = reinterpret_cast<T*>(shared + room.fixed);
   else
     rows = workspace + number * room.numbers;
-  const int64_t column = tile * kColumns + lane();
-  return {p, s, h, column, column < p.V, common, sums, rows + p.K * kRow<T>, rows};
+  return {p, s, h, tile, common, sums, rows + p.K * kRow<T>, rows};
 }
 
 // outputs: o and hT; else checkpoints.
 template <class T, class Rule, class Decay, class Place, bool outputs>
 FWP_KERNEL void scan_forward(FWP_PARAMETER Problem p, FWP_PARAMETER ForwardPlan<T> plan) {
   constexpr int C = kBlock<T>;
-  const int64_t number = block_index_x(), tile = number % plan.tiles;
-  const int64_t h = number / plan.tiles % p.H, n = number / plan.tiles / p.H;
+  const int64_t number = block_index_x(), n = number / plan.tiles / p.H;
+  const int h = static_cast<int>(number / plan.tiles % p.H), tile = static_cast<int>(number % plan.tiles);
   if (!plan.wanted(p, n, h)) return;
   const auto block = block_of<T, Rule, Decay, Place>(p, sequence(p, n), h, tile, number, plan.room, plan.workspace);
   const int64_t length = block.s.length;
@@ -98,7 +97,8 @@ FWP_KERNEL void scan_forward(FWP_PARAMETER Problem p, FWP_PARAMETER ForwardPlan<
     block.load_beta(t, tokens, beta);
     FWP_UNROLL for (int i = 0; i < C; ++i) v[i] = i < tokens ? v[i] : T(0);
     block.template advance<outputs>(tokens, v, beta, e, u, o);
-    if (outputs && block.there) store_tokens(p.o, block.at(p.o, t) + block.column, p.o.t, tokens, o, warp(), warps());
+    if (outputs && block.there())
+      store_tokens(p.o, block.at(p.o, t) + block.column(), p.o.t, tokens, o, warp(), warps());
     t += tokens;
   }
   if constexpr (outputs) {

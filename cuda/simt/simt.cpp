@@ -201,6 +201,7 @@ class Block {
     const auto address = reinterpret_cast<uintptr_t>(p);
     check_alignment("global", address, bytes, site);
     check_range(address, bytes, access, site);
+    if (access == Access::raise) return;
     for (uintptr_t c = address / kGrain; c * kGrain < address + bytes; ++c)
       touch("global", c * kGrain, global_cells_[c], access, now(site));
     current_->requests.push_back({sites_.number(site), address, bytes, false});
@@ -381,7 +382,7 @@ class Block {
       if (access == Access::read || range.writable) return;
       readable = true;
     }
-    fail(std::string("global memory: ") + text(current_->index) + (access == Access::write ? " writes " : " reads ") +
+    fail(std::string("global memory: ") + text(current_->index) + (access == Access::read ? " reads " : " writes ") +
          std::to_string(bytes) + " bytes " + (readable ? "of an input" : "outside every argument") + " by " +
          text(site) + nearest(address));
   }

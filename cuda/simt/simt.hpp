@@ -88,7 +88,8 @@ void sync_warp(const Site& site);
 
 // All threads of the warp meet; the last one calls run(arguments of the lanes in order).
 void meet(const Site& site, void* arguments, void (*run)(void* const* lanes));
-enum class Access { read, write };
+// raise: a write of what every other writer writes, which nothing need order.
+enum class Access { read, write, raise };
 void touch_shared(const void* p, size_t bytes, Access access, const Site& site);
 void touch_global(const void* p, size_t bytes, Access access, const Site& site);
 

@@ -1,0 +1,124 @@
+// The token-parallel part of the chunk form: for each chunk and head the decays G and, for the delta rule, the inverse
+//
+//   T' = (I + M diag(beta))^-1      M_ij = k_i . (k_j decayed from j to i), j < i
+//
+// with which the errors of a chunk follow from what its first state leaves unpredicted, E = T' R (scan.cuh). M stands
+// where diag(beta) M has stood since Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over
+// Sequence Length": so E itself comes out, beta = 0 or not, and the gradient through the inverse is one product.
+#pragma once
+
+#include "../launch.hpp"
+#include "tile.cuh"
+
+namespace fwp::cuda::chunk {
+
+// Each chunk has a slot on its time axis: a sequence's own, or the one that packed sequences share, on which they are
+// counted without a table of the sequences before, so that some slots stay empty.
+inline int64_t slots_of_axis(const Problem& p) {
+  if (p.cu_seqlens != nullptr) return p.T / kChunk + p.N;
+  return p.T > 0 ? (p.T + kChunk - 1) / kChunk : 1;
+}
+FWP_DEVICE int64_t first_slot(const Problem& p, int64_t n) {
+  return p.cu_seqlens != nullptr ? load_global(p.cu_seqlens + n) / kChunk + n : 0;
+}
+
+// The slots of every axis that a launch is about. What kernels leave for each other is [axis][count][H]: by place.
+struct Window {
+  int64_t begin, count;
+};
+inline Window all_slots(const Problem& p) { return {0, slots_of_axis(p)}; }
+inline int64_t axes(const Problem& p) { return p.cu_seqlens != nullptr ? 1 : p.N; }
+inline int64_t places(const Problem& p, const Window& w) { return axes(p) * w.count * p.H; }
+
+// The chunks of a sequence that are in a window.
+struct Span {
+  int64_t axis, slot;  // of its first chunk
+  int chunks;          // of the sequence
+  int begin, end;
+  bool here;  // whether any is in the window, or a sequence without any stands there
+
+  FWP_DEVICE static Span of(const Problem& p, const Window& w, int64_t n, const Sequence& s) {
+    const int64_t slot = first_slot(p, n), chunks = (s.length + kChunk - 1) / kChunk, last = w.begin + w.count - slot;
+    const int64_t begin = w.begin > slot ? w.begin - slot : 0, end = chunks < last ? chunks : last;
+    return {s.b,
+            slot,
+            static_cast<int>(chunks),
+            static_cast<int>(begin),
+            static_cast<int>(end),
+            begin < end || (chunks == 0 && slot >= w.begin && last > 0)};
+  }
+  // Of the sequence's first chunk, in the window or not; from chunk to chunk it is H more.
+  FWP_DEVICE int place(const Problem& p, const Window& w, int64_t h) const {
+    return static_cast<int>((axis * w.count + slot - w.begin) * p.H + h);
+  }
+};
+
+// A chunk and head of a window, by place. Where t0 is not in the sequence there is none.
+struct HeadChunk {
+  int64_t n, h, t0, slot;
+  Sequence s;
+
+  FWP_DEVICE int tokens() const { return tokens_of_chunk(s, t0 / kChunk); }
+  FWP_DEVICE static HeadChunk at(const Problem& p, const Window& w, unsigned place) {
+    const auto heads = static_cast<unsigned>(p.H), count = static_cast<unsigned>(w.count);
+    const int64_t slot = w.begin + place / heads % count;
+    int64_t n = place / heads / count;
+    if (p.cu_seqlens != nullptr) {  // the last sequence that begins there or before
+      int64_t high = p.N;
+      for (n = 0; high - n > 1;) {
+        const int64_t middle = (n + high) / 2;
+        (first_slot(p, middle) <= slot ? n : high) = middle;
+      }
+    }
+    return {n, place % heads, (slot - first_slot(p, n)) * kChunk, slot, sequence(p, n)};
+  }
+};
+
+// Workspace, in pieces of whole 64 bytes. Without memory, it only counts.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class X>
+  X* take(int64_t count) {
+    char* const here = memory_ != nullptr ? memory_ + bytes_ : nullptr;
+    bytes_ += (static_cast<size_t>(count) * sizeof(X) + 63) / 64 * 64;
+    return reinterpret_cast<X*>(here);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  size_t bytes_ = 0;
+};
+
+// What is left for the scans, by place.
+struct Prepared {
+  double* G = nullptr;    // [64]      log2 of the decay from before the chunk to after the token, with a decay
+  Half* T = nullptr;      // [64][64]  T', rows divided by their scales, for the delta rule
+  float* T_up = nullptr;  // [64]      the scales
+
+  static Prepared take(Arena& arena, const Problem& p, const Window& w) {
+    const int64_t tokens = places(p, w) * kChunk;
+    Prepared x;
+    if (p.decay != Decay::none) x.G = arena.take<double>(tokens);
+    if (p.rule == Rule::delta) x.T = arena.take<Half>(tokens * kChunk);
+    if (p.rule == Rule::delta) x.T_up = arena.take<float>(tokens);
+    return x;
+  }
+};
+
+// Clears left [N][H].
+void clear_left(const Problem& p, int32_t* left, Queue& queue);
+// Sets it for heads that this form is not for: keys or gates that are not finite, growth.
+void prepare(const Problem& p, const Window& window, const Prepared& out, int32_t* left, Queue& queue);
+
+// Calls f with the number of columns of tiles that hold keys.
+template <class F>
+void with_size(int64_t K, const F& f) {
+  if (K <= 32) return f(std::integral_constant<int, 32>());
+  if (K <= 64) return f(std::integral_constant<int, 64>());
+  f(std::integral_constant<int, 128>());
+}
+constexpr int64_t kMostKeys = 128;
+
+}  // namespace fwp::cuda::chunk

@@ -1,0 +1,347 @@
+// The chunk form, forward, under the emulator, against the recurrence in double.
+#include <doctest/doctest.h>
+
+#include <cstdlib>
+#include <initializer_list>
+#include <string>
+
+#include "chunk/chunk.hpp"
+#include "problems.hpp"
+
+using namespace problems;
+namespace cuda = fwp::cuda;
+namespace chunk = fwp::cuda::chunk;
+
+namespace {
+
+// An environment variable of the emulator while it lives.
+class Setting {
+ public:
+  Setting(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
+  ~Setting() { unsetenv(name_); }
+
+ private:
+  const char* name_;
+};
+struct Unchecked : Setting {
+  Unchecked() : Setting("FWP_SIMT_CHECK", "0") {}
+};
+
+// Fills the outputs of a case; returns the flags of the heads that were given up.
+std::vector<int32_t> run(Case& x) {
+  const Problem p = x.problem();
+  std::vector<unsigned char> memory(chunk::forward_workspace(p) + 64, 0xff);
+  unsigned char* const workspace = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
+  std::vector<int32_t> left(static_cast<size_t>(x.N * x.H), 7);
+  cuda::Queue queue = x.queue({{memory.data(), memory.size(), true}, {left.data(), left.size() * 4, true}});
+  chunk::forward(p, workspace, left.data(), queue);
+  return left;
+}
+
+int64_t given_up(const std::vector<int32_t>& left) {
+  int64_t sum = 0;
+  for (const int32_t flag : left) sum += flag;
+  return sum;
+}
+
+// Keys of unit length, all of them with a part of `common` alike.
+void unit_keys(Case& x, double common = 0) {
+  for (int64_t b = 0; b < x.B; ++b)
+    for (int64_t t = 0; t < x.T; ++t)
+      for (int64_t h = 0; h < x.H / x.options.k_group; ++h) {
+        const auto part = [&](int64_t d) { return x.k.get(b, t, h, d); };
+        double square = 0;
+        for (int64_t d = 1; d < x.K; ++d) square += part(d) * part(d);
+        for (int64_t d = 1; d < x.K; ++d) x.k.set(b, t, h, d, part(d) * std::sqrt((1 - common) / square));
+        x.k.set(b, t, h, 0, std::sqrt(x.K > 1 ? common : 1.0));
+      }
+}
+
+// error_o: before its rounding. Few numbers may be rounded worse than the average of many.
+void check(Case& x, double error_o = 6e-4, double error_hT = 6e-4) {
+  const auto& is = x.options;
+  CAPTURE(static_cast<int>(is.rule));
+  CAPTURE(static_cast<int>(is.decay));
+  CAPTURE(static_cast<int>(is.dtype));
+  CAPTURE(x.T);
+  CAPTURE(x.K);
+  CAPTURE(x.V);
+  CHECK(given_up(run(x)) == 0);
+  const Expected y = expected(x, false);
+  const double few = y.o.array.count() < 1000 ? 2 : 1;
+  const double rounding = few * (is.dtype == DType::bf16 ? 1.7e-3 : 2.1e-4);
+  const double o = error(x.o, y.o), hT = error(x.hT, y.hT);
+  CHECK(o < std::hypot(few * error_o, rounding));
+  CHECK(hT < few * error_hT);
+  if (std::getenv("SHOW") != nullptr)
+    MESSAGE(int{is.rule == Rule::delta}, int{is.decay != Decay::none}, " T ", x.T, " K ", x.K, " V ", x.V, " o ", o,
+            " hT ", hT);
+}
+
+template <class F>
+void with_rules(const F& f) {
+  for (const Rule rule : {Rule::linear, Rule::delta})
+    for (const Decay decay : {Decay::none, Decay::scalar}) {
+      Options is;
+      is.rule = rule;
+      is.decay = decay;
+      is.dtype = DType::f16;
+      is.N = is.H = 1;
+      is.T = 100;
+      is.K = is.V = 32;
+      f(is);
+    }
+}
+
+void scale(Tensor& x, double factor) {
+  for (int64_t i = 0; i < x.array.count(); ++i) x.array.set(i, factor * x.array.get(i));
+}
+
+}  // namespace
+
+TEST_CASE("what it serves") {
+  Options is;
+  is.dtype = DType::bf16;
+  is.T = 64;
+  const auto serves = [&](auto change) {
+    Case x(is);
+    Problem p = x.problem();
+    change(p);
+    return chunk::serves(p);
+  };
+  CHECK(serves([](Problem&) {}));
+  CHECK(serves([](Problem& p) { p.decay = Decay::scalar; }));
+  CHECK(serves([](Problem& p) { p.rule = Rule::linear; }));
+  CHECK(serves([](Problem& p) { p.K = p.V = 128; }));
+  CHECK(serves([](Problem& p) { p.V = 500; }));
+  CHECK_FALSE(serves([](Problem& p) { p.decay = Decay::channel; }));
+  CHECK_FALSE(serves([](Problem& p) { p.dtype = DType::f32; }));
+  CHECK_FALSE(serves([](Problem& p) { p.attention_norm = true; }));
+  CHECK_FALSE(serves([](Problem& p) { p.K = 129; }));
+  CHECK_FALSE(serves([](Problem& p) { p.K = 0; }));
+  CHECK_FALSE(serves([](Problem& p) { p.V = 0; }));
+  CHECK_FALSE(serves([](Problem& p) { p.T = 8; }));
+  CHECK_FALSE(serves([](Problem& p) { p.step = true; }));
+}
+
+TEST_CASE("all options, checked, in every order") {
+  for (const char* order : {"forward", "reverse", "random"}) {
+    const Setting setting("FWP_SIMT_ORDER", order);
+    with_rules([&](Options is) {
+      is.N = 1;
+      is.H = 2;
+      is.k_group = 2;
+      is.T = 130;
+      is.V = 72;
+      is.layout = order[0] == 'f' ? Layout::bthk : order[2] == 'v' ? Layout::bhtk : Layout::gaps;
+      is.wide_gates = order[2] == 'v';
+      is.dtype = order[2] == 'n' ? DType::bf16 : DType::f16;
+      is.scale = 0.25;
+      Case x(is);
+      unit_keys(x);
+      check(x);
+    });
+  }
+}
+
+TEST_CASE("sizes") {
+  const Unchecked unchecked;
+  int64_t i = 0;
+  for (const int64_t K : {1, 3, 31, 64, 100, 128})
+    for (const int64_t V : {1, 3, 31, 64, 100, 128}) {
+      const int64_t T[] = {1, 15, 33, 64, 65, 127, 129, 200};
+      with_rules([&](Options is) {
+        if (K == 128 && V != 100 && V != 128) return;
+        is.K = K;
+        is.V = V;
+        is.T = T[i++ % 8];
+        is.dtype = i % 3 == 0 ? DType::bf16 : DType::f16;
+        is.seed = static_cast<unsigned>(i);
+        Case x(is);
+        unit_keys(x);
+        const double alike = K < 8 ? 2e-3 : 6e-4;  // keys
+        check(x, alike, alike);
+      });
+    }
+}
+
+TEST_CASE("packed sequences, some of them empty") {
+  with_rules([&](Options is) {
+    is.cu_seqlens = {0, 0, 1, 64, 64, 129, 130, 194, 300, 300};
+    is.H = 2;
+    is.v_group = 2;
+    is.dtype = DType::bf16;
+    is.seed = 5;
+    Case x(is);
+    unit_keys(x);
+    check(x);
+  });
+}
+
+TEST_CASE("what may be absent, keys of float32, gates of float32") {
+  const Unchecked unchecked;
+  with_rules([&](Options is) {
+    is.h0 = false;
+    is.beta = is.rule == Rule::delta;
+    is.wide_keys = is.wide_gates = true;
+    is.q_group = 2;
+    is.H = 4;
+    is.N = 2;
+    is.scale = 3;
+    for (const Layout layout : {Layout::bthk, Layout::gaps}) {
+      is.layout = layout;
+      Case x(is);
+      unit_keys(x);
+      check(x);
+    }
+    is.hT = false;
+    Case x(is);
+    unit_keys(x);
+    check(x);
+  });
+}
+
+TEST_CASE("gates of every strength") {
+  const Unchecked unchecked;
+  for (const int kind : {0, 1, 2, 3, 4})
+    with_rules([&](Options is) {
+      if (is.decay == Decay::none) return;
+      is.T = 200;
+      is.wide_gates = true;
+      Case x(is);
+      unit_keys(x);
+      const double strengths[] = {0, -0.1, -5, -100, -1e4, -kInfinity, 0.02};
+      std::mt19937 random(9);
+      for (int64_t t = 0; t < x.T; ++t) {
+        const double any = strengths[random() % 7];
+        const double g[] = {any, -5, -0.1, t % 50 == 33 ? -kInfinity : -0.01, 0.02};
+        x.g.set(0, t, 0, 0, g[kind]);
+      }
+      CAPTURE(kind);
+      check(x);
+    });
+}
+
+TEST_CASE("strengths of 0 and 2, keys alike") {
+  const Unchecked unchecked;
+  for (const double common : {0.0, 0.5, 0.9})
+    for (const double beta : {0.0, 0.5, 1.0, 2.0})
+      with_rules([&](Options is) {
+        is.T = 150;
+        is.K = 64;
+        is.V = 48;
+        Case x(is);
+        unit_keys(x, common);
+        for (int64_t t = 0; t < x.T; ++t) x.beta.set(0, t, 0, 0, beta == 0 ? static_cast<double>(t % 3) : beta);
+        CAPTURE(common);
+        CAPTURE(beta);
+        const double worst = beta == 2 ? 2e-3 : 1e-3;  // where the inverse is large
+        check(x, worst, worst);
+      });
+}
+
+TEST_CASE("data of every size") {
+  const Unchecked unchecked;
+  with_rules([&](Options is) {
+    is.dtype = DType::bf16;  // float16 has no room for some of these
+    for (const double q : {1e-3, 1e3})
+      for (const double v : {1e-3, 1e3}) {
+        Case x(is);
+        unit_keys(x);
+        scale(x.q, q);
+        scale(x.v, v);
+        scale(x.h0, v);
+        check(x);
+      }
+    for (const double k : {1e-3, 1e-2, 3.0, 1e3}) {
+      Case x(is);
+      unit_keys(x);
+      scale(x.k, k);
+      if (is.rule == Rule::delta) scale(x.beta, 1 / (k * k));
+      check(x);
+    }
+  });
+}
+
+TEST_CASE("data that are not finite are left, and disturb nothing else") {
+  const Unchecked unchecked;
+  with_rules([&](Options is) {
+    is.N = 2;
+    is.H = 3;
+    is.T = 70;
+    is.V = 48;
+    Case clean(is);
+    unit_keys(clean);
+    CHECK(given_up(run(clean)) == 0);
+    for (const char* what : {"q", "k", "v", "beta", "g", "h0", "g up"}) {
+      if (what[0] == 'g' && is.decay == Decay::none) continue;
+      for (const double bad : {kNaN, kInfinity, -kInfinity}) {
+        if (what[0] == 'g' && bad == -kInfinity) continue;
+        Case x(is);
+        unit_keys(x);
+        const std::string name = what;
+        Tensor& tensor = name == "q" ? x.q : name == "k" ? x.k : name == "v" ? x.v : name == "h0" ? x.h0 : x.beta;
+        if (name == "g up")
+          for (int64_t t = 0; t < 64; ++t) x.g.set(1, t, 1, 0, 0.3);
+        else if (name == "g")
+          x.g.set(1, 40, 1, 0, bad);
+        else
+          tensor.set(1, name == "h0" ? 7 : 69, 1, 0, bad);
+        CAPTURE(name);
+        CAPTURE(bad);
+        const auto left = run(x);
+        CHECK(given_up(left) == 1);
+        CHECK(left[1 * 3 + 1] == 1);
+        for (int64_t n = 0; n < 2; ++n)
+          for (int64_t h = 0; h < 3; ++h) {
+            if (n == 1 && h == 1) continue;
+            for (int64_t t = 0; t < x.T; ++t)
+              for (int64_t j = 0; j < x.V; ++j) REQUIRE(x.o.get(n, t, h, j) == clean.o.get(n, t, h, j));
+            for (int64_t d = 0; d < x.K; ++d)
+              for (int64_t j = 0; j < x.V; ++j) REQUIRE(x.hT.get(n, d, h, j) == clean.hT.get(n, d, h, j));
+          }
+      }
+    }
+  });
+}
+
+TEST_CASE("bits do not depend on batch, heads, layout or packing") {
+  const Unchecked unchecked;
+  with_rules([&](Options is) {
+    is.N = 2;
+    is.H = 2;
+    is.V = 40;
+    is.q_group = 2;
+    Case x(is);
+    unit_keys(x);
+    run(x);
+    const auto compare = [&](Case& y, int64_t n, int64_t h, int64_t begin) {  // y: head (n, h) of x, as its (0, 0)
+      const auto copy = [&](Tensor& to, const Tensor& from, int64_t group) {
+        for (int64_t t = 0; t < x.T && to.there(); ++t)
+          for (int64_t i = 0; i < to.n; ++i) to.set(0, begin + t, 0, i, from.get(n, t, h / group, i));
+      };
+      copy(y.q, x.q, 2);
+      copy(y.k, x.k, 1);
+      copy(y.v, x.v, 1);
+      copy(y.beta, x.beta, 1);
+      copy(y.g, x.g, 1);
+      const int64_t sequence = begin > 0 ? 1 : 0;
+      for (int64_t d = 0; d < x.K; ++d)
+        for (int64_t j = 0; j < x.V; ++j) y.h0.set(sequence, d, 0, j, x.h0.get(n, d, h, j));
+      run(y);
+      for (int64_t t = 0; t < x.T; ++t)
+        for (int64_t j = 0; j < x.V; ++j) REQUIRE(y.o.get(0, begin + t, 0, j) == x.o.get(n, t, h, j));
+      for (int64_t d = 0; d < x.K; ++d)
+        for (int64_t j = 0; j < x.V; ++j) REQUIRE(y.hT.get(sequence, d, 0, j) == x.hT.get(n, d, h, j));
+    };
+    Options one = is;
+    one.N = one.H = one.q_group = 1;
+    one.layout = Layout::gaps;
+    Case single(one);
+    compare(single, 1, 1, 0);
+    one.cu_seqlens = {0, 37, 137, 140};
+    Case packed(one);
+    unit_keys(packed);
+    compare(packed, 0, 1, 37);
+  });
+}
