@@ -1,8 +1,10 @@
-#include "recurrent.hpp"
 #include "step.cuh"
+#include "step.hpp"
 
 namespace fwp::cuda::recurrent {
 namespace {
+
+constexpr int64_t kMostChannels = 16;  // of a thread
 
 // Whether rows of states can be read and written 16 bytes at a time.
 template <class T>
@@ -17,30 +19,24 @@ void run(const Problem& p, Queue& queue) {
   StepShape shape;
   shape.tiles = (p.V + kStepColumns<T> - 1) / kStepColumns<T>;
   if (p.attention_norm && shape.tiles == 0) shape.tiles = 1;  // z moves on
+  if (shape.tiles == 0) return;
   shape.tiles_of_block = p.attention_norm ? shape.tiles : 1;
   shape.wide = wide<T>(p);
-  const size_t bytes = static_cast<size_t>(StepRoom<T>::numbers(p.K)) * sizeof(T);
-  if (bytes > most_shared_bytes(p.device))
-    throw Error("step: keys of " + std::to_string(p.K) + " numbers take " + std::to_string(bytes) +
-                " bytes of shared memory, more than " + std::to_string(most_shared_bytes(p.device)));
-  if (shape.tiles == 0) return;
-  const int64_t blocks = shape.tiles / shape.tiles_of_block * p.H * p.N;
   const auto launch = [&](auto* kernel) {
-    queue.run("step", kernel, {static_cast<unsigned>(blocks)}, kStepThreads, bytes, p, shape);
+    const int64_t blocks = shape.tiles / shape.tiles_of_block * p.H * p.N;
+    queue.run("step", kernel, {static_cast<unsigned>(blocks)}, kStepThreads,
+              static_cast<size_t>(StepRoom<T>::numbers(p.K)) * sizeof(T), p, shape);
   };
-  if (p.K <= 4 * kDown)
-    launch(step_tokens<T, 4, true>);
-  else if (p.K <= 8 * kDown)
-    launch(step_tokens<T, 8, true>);
-  else if (p.K <= 16 * kDown)
-    launch(step_tokens<T, 16, true>);
-  else
-    launch(step_tokens<T, 8, false>);
+  if (p.K <= 4 * kDown) return launch(step_tokens<T, 4>);
+  if (p.K <= 8 * kDown) return launch(step_tokens<T, 8>);
+  launch(step_tokens<T, kMostChannels>);
 }
 
 }  // namespace
 
-void step(const Problem& p, Queue& queue) {
+bool fits_registers(const Problem& p) { return p.K <= kMostChannels * kDown; }
+
+void step_in_registers(const Problem& p, Queue& queue) {
   accumulation(p.dtype) == DType::f64 ? run<double>(p, queue) : run<float>(p, queue);
 }
 

@@ -76,37 +76,37 @@ struct StepTile {
     data = tile + first_channel() * stride + column(0);
   }
 
-  // f(address, the numbers there) for every kDown-th channel from the thread's own, `first` channels on.
+  // f(address, the numbers there) for each of its channels.
   template <int kChannels, class F>
-  FWP_DEVICE void each(int first, T (&S)[kChannels][kQuad<T>], const F& f) const {
-    T* at = data + first * stride;
-    FWP_UNROLL for (int i = 0; i < kChannels; ++i, at += kDown * stride) if (first + first_channel() + i * kDown < K)
+  FWP_DEVICE void each(T (&S)[kChannels][kQuad<T>], const F& f) const {
+    T* at = data;
+    FWP_UNROLL for (int i = 0; i < kChannels; ++i, at += kDown * stride) if (first_channel() + i * kDown < K)
         f(at, S[i]);
   }
   // Zeros where there is nothing.
   template <int kChannels>
-  FWP_DEVICE void load(int first, T (&S)[kChannels][kQuad<T>]) const {
+  FWP_DEVICE void load(T (&S)[kChannels][kQuad<T>]) const {
     FWP_UNROLL for (int i = 0; i < kChannels; ++i) FWP_UNROLL for (int j = 0; j < kQuad<T>; ++j) S[i][j] = 0;
     if (wide && column(0) < width)
-      each(first, S, [](const T* at, T(&x)[kQuad<T>]) {
+      each(S, [](const T* at, T(&x)[kQuad<T>]) {
         const auto numbers = load_global(reinterpret_cast<const Numbers<T>*>(at));
         FWP_UNROLL for (int j = 0; j < kQuad<T>; ++j) x[j] = numbers.x[j];
       });
     if (!wide)
-      each(first, S, [this](const T* at, T(&x)[kQuad<T>]) {
+      each(S, [this](const T* at, T(&x)[kQuad<T>]) {
         FWP_UNROLL for (int j = 0; j < kQuad<T>; ++j) if (column(j) < width) x[j] = load_global(at + j * kAcross);
       });
   }
   template <int kChannels>
-  FWP_DEVICE void store(int first, T (&S)[kChannels][kQuad<T>]) const {
+  FWP_DEVICE void store(T (&S)[kChannels][kQuad<T>]) const {
     if (wide && column(0) < width)
-      each(first, S, [](T* at, const T(&x)[kQuad<T>]) {
+      each(S, [](T* at, const T(&x)[kQuad<T>]) {
         Numbers<T> numbers;
         FWP_UNROLL for (int j = 0; j < kQuad<T>; ++j) numbers.x[j] = x[j];
         store_global(reinterpret_cast<Numbers<T>*>(at), numbers);
       });
     if (!wide)
-      each(first, S, [this](T* at, const T(&x)[kQuad<T>]) {
+      each(S, [this](T* at, const T(&x)[kQuad<T>]) {
         FWP_UNROLL for (int j = 0; j < kQuad<T>; ++j) if (column(j) < width) store_global(at + j * kAcross, x[j]);
       });
   }
@@ -119,8 +119,7 @@ struct StepShape {
   bool wide;
 };
 
-// A state of more channels than registers passes twice for each token.
-template <class T, int kChannels, bool in_registers>
+template <class T, int kChannels>
 struct Step {
   const Problem& p;
   StepRoom<T> room;
@@ -154,10 +153,10 @@ struct Step {
     return sum;
   }
 
-  // S' of the channels from `first` on, and their part in R and X.
-  FWP_DEVICE void read(int first, T (&S)[kChannels][kQuad<T>], T (&RX)[2 * kQuad<T>]) const {
+  // S', and the part of this thread's channels in R and X.
+  FWP_DEVICE void read(T (&S)[kChannels][kQuad<T>], T (&RX)[2 * kQuad<T>]) const {
     FWP_UNROLL for (int i = 0; i < kChannels; ++i) {
-      const int d = first + StepTile<T>::first_channel() + i * kDown;
+      const int d = StepTile<T>::first_channel() + i * kDown;
       if (d >= room.K) break;
       const T k = load_shared(room.k(d)), q = load_shared(room.q(d)), a = load_shared(room.a(d));
       FWP_UNROLL for (int j = 0; j < kQuad<T>; ++j) {
@@ -167,13 +166,19 @@ struct Step {
       }
     }
   }
-  FWP_DEVICE void write(int first, const T (&u)[kQuad<T>], T (&S)[kChannels][kQuad<T>]) const {
+  // S and z after the token.
+  FWP_DEVICE void write(const StepTile<T>& tile, T (&S)[kChannels][kQuad<T>]) const {
+    T u[kQuad<T>];
+    FWP_UNROLL for (int j = 0; j < kQuad<T>; ++j) u[j] = load_shared(room.u(tile.column(j)));
     FWP_UNROLL for (int i = 0; i < kChannels; ++i) {
-      const int d = first + StepTile<T>::first_channel() + i * kDown;
+      const int d = StepTile<T>::first_channel() + i * kDown;
       if (d >= room.K) break;
       const T k = load_shared(room.k(d));
       FWP_UNROLL for (int j = 0; j < kQuad<T>; ++j) S[i][j] += k * u[j];
     }
+    if (p.attention_norm)
+      for (int d = thread_index(); d < room.K; d += kStepThreads)
+        store_shared(room.z(d), load_shared(room.z(d)) + load_shared(room.k(d)));
   }
 
   // Over the channels, for each column.
@@ -217,7 +222,7 @@ struct Step {
   FWP_DEVICE void run(const StepTile<T>& tile, int64_t first_column) const {
     const bool has_column = thread_index() < tile.width;
     T S[kChannels][kQuad<T>];
-    if (in_registers) tile.load(0, S);
+    tile.load(S);
     for (int64_t t = 0; t < s.length; ++t) {
       Coming<T> v, beta;
       if (has_column) v = Coming<T>(p.v, row_at(p.v, s, t, h) + first_column + thread_index());
@@ -225,29 +230,14 @@ struct Step {
       stage(t);
       sync_block();
       T RX[2 * kQuad<T>] = {};
-      for (int first = 0; first < room.K; first += kDown * kChannels) {
-        if (!in_registers) tile.load(first, S);
-        read(first, S, RX);
-      }
+      read(S, RX);
       sum(tile, RX);
       write_column(t, first_column, has_column, v, beta);
       sync_block();
-      T u[kQuad<T>];
-      FWP_UNROLL for (int j = 0; j < kQuad<T>; ++j) u[j] = load_shared(room.u(tile.column(j)));
-      for (int first = 0; first < room.K; first += kDown * kChannels) {
-        if (!in_registers) {
-          tile.load(first, S);
-          read(first, S, RX);
-        }
-        write(first, u, S);
-        if (!in_registers) tile.store(first, S);
-      }
-      if (p.attention_norm)
-        for (int d = thread_index(); d < room.K; d += kStepThreads)
-          store_shared(room.z(d), load_shared(room.z(d)) + load_shared(room.k(d)));
+      write(tile, S);
       sync_block();
     }
-    if (in_registers) tile.store(0, S);
+    tile.store(S);
   }
 
   FWP_DEVICE void load_z(const T* z, int64_t stride) const {
@@ -258,13 +248,12 @@ struct Step {
   }
 };
 
-template <class T, int kChannels, bool in_registers>
+template <class T, int kChannels>
 FWP_KERNEL void step_tokens(FWP_PARAMETER Problem p, FWP_PARAMETER StepShape shape) {
   const auto H = static_cast<unsigned>(p.H), blocks = static_cast<unsigned>(shape.tiles / shape.tiles_of_block);
   const unsigned index = block_index_x(), h = index / blocks % H, n = index / blocks / H;
   const int64_t slot = state_slot(p, n);
-  const Step<T, kChannels, in_registers> step{
-      p, {static_cast<int>(p.K), static_cast<T*>(shared_memory())}, sequence(p, n), h};
+  const Step<T, kChannels> step{p, {static_cast<int>(p.K), static_cast<T*>(shared_memory())}, sequence(p, n), h};
   T* const state = static_cast<T*>(p.hT.data) + (slot == kNoSlot ? 0 : state_at(p.hT, slot, h));
   for (int64_t i = 0; i < shape.tiles_of_block; ++i) {
     const int64_t first = (index % blocks + i) * kStepColumns<T>, left = p.V - first;
