@@ -221,7 +221,11 @@ void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
   };
   gradient(&Problem::dq, &Problem::q);
   gradient(&Problem::dk, &Problem::k);
-  scan(plan, chunk::backward_workspace, chunk::backward, recurrent::backward_workspace, recurrent::backward, queue);
+  const Size chunk_size = [](const Problem& x) { return chunk::backward_workspace(x); };
+  const Run chunk_run = [](const Problem& x, void* memory, int32_t* left, Queue& to) {
+    chunk::backward(x, memory, left, to);
+  };
+  scan(plan, chunk_size, chunk_run, recurrent::backward_workspace, recurrent::backward, queue);
   if (queue == nullptr || !p.features.active()) return;
   for (const auto& [to, of] : {std::pair{&Problem::dq, &Problem::q}, std::pair{&Problem::dk, &Problem::k}}) {
     const Rows& d = p.*to;
@@ -229,12 +233,6 @@ void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
     const features::Shape shape{packed(p) ? 1 : p.N, p.T, p.H / (p.*of).group};
     features::backward(p.features, shape, plan.inner.*to, p.*of, d, *queue);
   }
-}
-
-void plan_diagnose(const Problem& p, Plan& plan, Queue* queue) {
-  if (queue != nullptr) place_integers(plan.inner, plan.integers, *queue);
-  plan.map(p, queue);
-  if (queue != nullptr) recurrent::diagnose(plan.inner, *queue);
 }
 
 // ---- the table ----
@@ -247,11 +245,6 @@ size_t forward_workspace(const Problem& p) {
 size_t backward_workspace(const Problem& p) {
   Plan plan(p, nullptr);
   plan_backward(p, plan, nullptr);
-  return plan.arena.used();
-}
-size_t diagnose_workspace(const Problem& p) {
-  Plan plan(p, nullptr);
-  plan_diagnose(p, plan, nullptr);
   return plan.arena.used();
 }
 size_t map_workspace(const Problem&) { return 0; }
@@ -277,12 +270,11 @@ Outcome backward(const Problem& p, void* workspace) {
   return on_device(p, workspace, backward_workspace(p),
                    [&](Plan& plan, Queue& queue) { plan_backward(p, plan, &queue); });
 }
-Outcome diagnose(const Problem& p, void* workspace) {
-  return on_device(p, workspace, diagnose_workspace(p),
-                   [&](Plan& plan, Queue& queue) { plan_diagnose(p, plan, &queue); });
-}
 Outcome map_rows(const Problem& p, void*) {
-  return on_device(p, nullptr, 0, [&](Plan&, Queue& queue) {
+  Problem one_head = p;  // as memory_of looks at it
+  one_head.N = one_head.H = 1;
+  one_head.V = p.K;
+  return on_device(one_head, nullptr, 0, [&](Plan&, Queue& queue) {
     const features::Shape shape{1, p.T, 1};
     if (p.d_o.data == nullptr)
       features::forward(p.features, shape, p.q, p.o, queue);
@@ -327,12 +319,12 @@ extern "C" __attribute__((visibility("default"))) const fwp::Backend* fwp_cuda_b
                                   fwp::cuda::device_state,
                                   fwp::cuda::forward_workspace,
                                   fwp::cuda::backward_workspace,
-                                  fwp::cuda::diagnose_workspace,
+                                  nullptr,  // there is no diagnosis on a device
                                   fwp::cuda::map_workspace,
                                   fwp::cuda::checkpoint_elements,
                                   fwp::cuda::forward,
                                   fwp::cuda::backward,
-                                  fwp::cuda::diagnose,
+                                  nullptr,
                                   fwp::cuda::map_rows,
                                   [] { return static_cast<const char*>(fwp::cuda::error_of_thread); },
                                   fwp::cuda::allocate,

@@ -83,8 +83,6 @@ struct SharedArray {
   FWP_DEVICE T operator[](int i) const { return load_shared(data + i); }
 };
 
-FWP_DEVICE float exponential(float x) { return expf(x); }
-FWP_DEVICE double exponential(double x) { return exp(x); }
 FWP_DEVICE int warps() { return block_threads() / kWarpSize; }
 
 // Calls f with a number of the type that an array of this dtype stores, where it is computed with in T.
@@ -324,8 +322,8 @@ struct Block {
       for_channels(K(), [&](Index d) { store_global(state + d * to.k + p.V, Place::load(z(from, d))); });
   }
 
-  FWP_DEVICE void store_z(const T* from, T* to) const {
-    for_channels(K(), [&](Index d) { store_global(to + d, Place::load(z(from, d))); });
+  FWP_DEVICE void store_z(const T* of, T* to) const {
+    for_channels(K(), [&](Index d) { store_global(to + d, Place::load(z(of, d))); });
   }
   // The output of a sequence that has no state.
   FWP_DEVICE void clear_output() const {
