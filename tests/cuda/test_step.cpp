@@ -1,6 +1,7 @@
 // Steps and diagnoses of kernels against the recurrence in double.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
@@ -180,7 +181,7 @@ TEST_CASE("layouts and the batch do not change a bit") {
       for (int64_t d = 0; d < K; ++d)
         for (int64_t j = 0; j < 40; ++j) CHECK(alone.hT.get(2, d, h, j) == x.hT.get(2, d, h, j));
     }
-    // Token by token.
+    if (K > 256) continue;  // by the recurrent form, which takes a few tokens at once
     Case single(of);
     Problem one = in_place(single);
     one.T = 1;
@@ -290,4 +291,148 @@ TEST_CASE("what is not finite reaches what depends on it") {
     CHECK(problems::error(x.o, y.o) < 1e-5);
     CHECK(problems::error(x.hT, y.hT) < 1e-5);
   }
+}
+
+namespace {
+
+// The probes of fwp.h, token by token.
+void check_diagnosis(const Options& of) {
+  CAPTURE(name(of));
+  Case x(of);
+  Problem p = x.problem();
+  problems::Array probes(accumulation(of.dtype), x.B * x.T * x.H * kProbes);
+  p.o = {probes.data(), probes.dtype(), x.T * x.H * kProbes, x.H * kProbes, kProbes, 1};
+  cuda::Queue queue = x.queue({{probes.data(), probes.bytes().size(), true}});
+  cuda::recurrent::diagnose(p, queue);
+
+  const auto at = [](std::vector<double>& numbers, int64_t i) -> double& { return numbers[static_cast<size_t>(i)]; };
+  double distance = 0, size = 0;
+  for (int64_t n = 0; n < x.N; ++n)
+    for (int64_t h = 0; h < x.H; ++h) {
+      std::vector<double> S(static_cast<size_t>(x.K * x.V)), z(static_cast<size_t>(x.K));
+      for (int64_t d = 0; d < x.K && x.h0.there(); ++d) {
+        for (int64_t j = 0; j < x.V; ++j) at(S, d * x.V + j) = x.h0.get(n, d, h, j);
+        if (of.attention_norm) at(z, d) = x.h0.get(n, d, h, x.V);
+      }
+      for (int64_t t = x.begin(n); t < x.begin(n) + x.length(n); ++t) {
+        const int64_t b = x.batch(n);
+        const double beta = x.beta.there() ? x.beta.get(b, t, h) : 1;
+        double want[kProbes] = {};
+        for (int64_t d = 0; d < x.K; ++d) {
+          const double g = of.decay == Decay::none ? 0 : x.g.get(b, t, h, of.decay == Decay::channel ? d : 0);
+          const double a = std::exp(g), k = x.k.get(b, t, h / of.k_group, d), q = x.q.get(b, t, h / of.q_group, d);
+          for (int64_t j = 0; j < x.V; ++j) at(S, d * x.V + j) = g == -problems::kInfinity ? 0 : a * at(S, d * x.V + j);
+          at(z, d) = g == -problems::kInfinity ? 0 : a * at(z, d);
+          want[6] += k * k;
+          want[7] += k;
+          want[8] += at(z, d) * k;
+          at(z, d) += k;
+          want[9] += at(z, d) * q;
+          want[10] += std::fabs(at(z, d));
+          want[11] = d == 0 ? at(z, d) : std::max(want[11], at(z, d));
+        }
+        const auto divided = [&](double read, double by) {
+          return !of.attention_norm ? read : by == 0 ? 0 : read / (by + of.eps);
+        };
+        for (int64_t j = 0; j < x.V; ++j) {
+          const double v = x.v.get(b, t, h / of.v_group, j);
+          double read = 0, left = 0;
+          for (int64_t d = 0; d < x.K; ++d) read += at(S, d * x.V + j) * x.k.get(b, t, h / of.k_group, d);
+          read = divided(read, want[8]);
+          const double u = beta * (of.rule == Rule::delta ? v - read : v);
+          for (int64_t d = 0; d < x.K; ++d) {
+            const double k = x.k.get(b, t, h / of.k_group, d);
+            double& s = at(S, d * x.V + j);
+            s += k * u;
+            left += s * k;
+            want[5] += s * s;
+          }
+          left = divided(left, want[8] + want[6]);
+          want[0] += v * v;
+          want[1] += read * read;
+          want[2] += v * read;
+          want[3] += (v - read) * (v - read);
+          want[4] += (v - left) * (v - left);
+        }
+        for (int64_t i = 0; i < kProbes; ++i) {
+          const double got = probes.get(((b * x.T + t) * x.H + h) * kProbes + i);
+          CHECK(std::isfinite(got) == std::isfinite(want[i]));
+          if (!std::isfinite(want[i])) continue;
+          distance += (got - want[i]) * (got - want[i]) / (1 + want[i] * want[i]);
+          size += 1;
+        }
+      }
+    }
+  CHECK(std::sqrt(distance) <= 1e-30 + std::sqrt(size) * rounding(accumulation(of.dtype)));
+}
+
+}  // namespace
+
+TEST_CASE("probes are those of the definition") {
+  for (const char* order : {"forward", "reverse", "random"})
+    for (const Rule rule : {Rule::linear, Rule::delta})
+      for (const Decay decay : {Decay::none, Decay::scalar, Decay::channel})
+        for (const bool attention_norm : {false, true}) {
+          const Emulated emulated(order);
+          Options of;
+          of.rule = rule;
+          of.decay = decay;
+          of.attention_norm = attention_norm;
+          of.T = 3;
+          of.K = 20;
+          of.V = 36;
+          of.q_group = 2;
+          of.k_group = 2;
+          check_diagnosis(of);
+        }
+  const Emulated emulated("forward");
+  Options of;
+  of.attention_norm = true;
+  of.dtype = DType::f64;
+  of.cu_seqlens = {0, 2, 2, 5};
+  check_diagnosis(of);
+  of.dtype = DType::bf16;
+  of.h0 = false;
+  of.wide_keys = true;
+  check_diagnosis(of);
+  of.cu_seqlens = {};
+  of.T = 2;
+  for (const int64_t n : {0, 1, 33}) {
+    of.K = n;
+    of.V = 5;
+    check_diagnosis(of);
+    of.K = 5;
+    of.V = n;
+    check_diagnosis(of);
+  }
+  of.K = 3000;  // narrow tiles
+  of.N = of.H = 1;
+  check_diagnosis(of);
+}
+
+TEST_CASE("channels that a key is lost in are counted, and a reset forgets NaN") {
+  Options of;
+  of.N = of.H = 1;
+  of.T = 2;
+  of.K = 8;
+  of.attention_norm = true;
+  of.decay = Decay::scalar;
+  Case x(of);
+  x.g.set(0, 0, 0, 0, 0);
+  x.g.set(0, 1, 0, 0, -problems::kInfinity);
+  for (int64_t d = 0; d < 8; ++d) {
+    x.h0.set(0, d, 0, 16, d < 3 ? 1e9 : 0);
+    x.k.set(0, 0, 0, d, 1 + static_cast<double>(d));
+    x.h0.set(0, d, 0, 1, problems::kNaN);
+  }
+  Problem p = x.problem();
+  problems::Array probes(DType::f32, 2 * kProbes);
+  p.o = {probes.data(), DType::f32, 2 * kProbes, kProbes, kProbes, 1};
+  cuda::Queue queue = x.queue({{probes.data(), probes.bytes().size(), true}});
+  cuda::recurrent::diagnose(p, queue);
+  CHECK(probes.get(12) == 3);
+  CHECK(std::isnan(probes.get(1)));
+  CHECK(probes.get(11) == 1e9);
+  for (int64_t i = 0; i < kProbes; ++i) CHECK(std::isfinite(probes.get(kProbes + i)));
+  CHECK(probes.get(kProbes + 12) == 0);
 }
