@@ -35,22 +35,20 @@ struct StepRoom {
   static int64_t numbers(int64_t K) { return 4 * K + (1 + 2 * kStepWarps) * kColumns; }
 };
 
-// A number on its way from memory: what it is will be asked where it is used, so that many are on their way at once.
+// A number of an array on its way: what it is will be asked where it is used, so that many are on their way at once.
 template <class T>
 struct Coming {
   using Less = std::conditional_t<sizeof(T) == 8, float, Half>;
   T full = 0;
   Less less{};
-  DType dtype = kDType<T>;
 
-  Coming() = default;
-  FWP_DEVICE Coming(const Rows& rows, int64_t at) : dtype(rows.dtype) {
-    if (dtype == kDType<T>)
+  FWP_DEVICE void load(const Rows& rows, int64_t at) {
+    if (rows.dtype == kDType<T>)
       full = load_global(static_cast<const T*>(rows.data) + at);
     else
       less = load_global(static_cast<const Less*>(rows.data) + at);
   }
-  FWP_DEVICE T number() const {
+  FWP_DEVICE T number(DType dtype) const {
     if (dtype == kDType<T>) return full;
     if constexpr (sizeof(T) == 8)
       return static_cast<T>(less);
@@ -130,13 +128,16 @@ struct Step {
   FWP_DEVICE void stage(int64_t t) const {
     const int64_t k_at = row_at(p.k, s, t, h), q_at = row_at(p.q, s, t, h);
     const bool per_channel = p.decay == fwp::Decay::channel;
+    FWP_UNROLL_BY(1)
     for (int d = thread_index(); d < room.K; d += kStepThreads) {
-      const Coming<T> k(p.k, k_at + d), q(p.q, q_at + d);
-      Coming<T> g;
-      if (p.decay != fwp::Decay::none) g = Coming<T>(p.g, row_at(p.g, s, t, h) + (per_channel ? d : 0));
-      const T gate = g.number(), a = resets(gate) ? T(-1) : exponential(gate);
-      store_shared(room.k(d), k.number());
-      store_shared(room.q(d), p.attention_norm ? q.number() : q.number() * static_cast<T>(p.scale));
+      Coming<T> k, q, g;
+      k.load(p.k, k_at + d);
+      q.load(p.q, q_at + d);
+      if (p.decay != fwp::Decay::none) g.load(p.g, row_at(p.g, s, t, h) + (per_channel ? d : 0));
+      const T gate = p.decay != fwp::Decay::none ? g.number(p.g.dtype) : T(0),
+              a = resets(gate) ? T(-1) : exponential(gate);
+      store_shared(room.k(d), k.number(p.k.dtype));
+      store_shared(room.q(d), p.attention_norm ? q.number(p.q.dtype) : q.number(p.q.dtype) * static_cast<T>(p.scale));
       store_shared(room.a(d), a);
       if (p.attention_norm) store_shared(room.z(d), decayed(load_shared(room.z(d)), a));
     }
@@ -148,6 +149,7 @@ struct Step {
   // x . y of staged rows, in every lane of every warp.
   FWP_DEVICE T dot(const T* x, const T* y) const {
     T sum = 0;
+    FWP_UNROLL_BY(1)
     for (int d = lane(); d < room.K; d += kWarpSize) sum += load_shared(x + d) * load_shared(y + d);
     FWP_UNROLL for (int mask = 1; mask < kWarpSize; mask *= 2) sum += shuffle_xor(sum, mask);
     return sum;
@@ -176,9 +178,9 @@ struct Step {
       const T k = load_shared(room.k(d));
       FWP_UNROLL for (int j = 0; j < kQuad<T>; ++j) S[i][j] += k * u[j];
     }
-    if (p.attention_norm)
-      for (int d = thread_index(); d < room.K; d += kStepThreads)
-        store_shared(room.z(d), load_shared(room.z(d)) + load_shared(room.k(d)));
+    if (p.attention_norm) FWP_UNROLL_BY(1)
+    for (int d = thread_index(); d < room.K; d += kStepThreads)
+      store_shared(room.z(d), load_shared(room.z(d)) + load_shared(room.k(d)));
   }
 
   // Over the channels, for each column.
@@ -210,7 +212,7 @@ struct Step {
       X = divided(X, scale, c_sum + eps, blind);
       kq = divided(kq, scale, c_sum + eps, blind);
     }
-    const T value = v.number(), strength = p.beta.data ? beta.number() : T(1);
+    const T value = v.number(p.v.dtype), strength = p.beta.data ? beta.number(p.beta.dtype) : T(1);
     if (p.rule == fwp::Rule::delta)
       block_fwd<Delta, 1>(&R, &X, &kq, &value, &strength, &e, &u, &o);
     else
@@ -223,10 +225,11 @@ struct Step {
     const bool has_column = thread_index() < tile.width;
     T S[kChannels][kQuad<T>];
     tile.load(S);
+    FWP_UNROLL_BY(1)
     for (int64_t t = 0; t < s.length; ++t) {
       Coming<T> v, beta;
-      if (has_column) v = Coming<T>(p.v, row_at(p.v, s, t, h) + first_column + thread_index());
-      if (has_column && p.beta.data) beta = Coming<T>(p.beta, row_at(p.beta, s, t, h));
+      if (has_column) v.load(p.v, row_at(p.v, s, t, h) + first_column + thread_index());
+      if (has_column && p.beta.data) beta.load(p.beta, row_at(p.beta, s, t, h));
       stage(t);
       sync_block();
       T RX[2 * kQuad<T>] = {};
@@ -248,8 +251,15 @@ struct Step {
   }
 };
 
+// Blocks at once on a multiprocessor: the more the fewer bytes each has on their way, but none that would spill.
 template <class T, int kChannels>
-FWP_KERNEL void step_tokens(FWP_PARAMETER Problem p, FWP_PARAMETER StepShape shape) {
+constexpr int kStepBlocks = sizeof(T) == 8 || kChannels > 8 ? 3
+                            : kChannels > 4                 ? 4
+                                                            : 5;
+
+template <class T, int kChannels>
+FWP_KERNEL FWP_BOUNDS(kStepThreads, (kStepBlocks<T, kChannels>)) void step_tokens(FWP_PARAMETER Problem p,
+                                                                                  FWP_PARAMETER StepShape shape) {
   const auto H = static_cast<unsigned>(p.H), blocks = static_cast<unsigned>(shape.tiles / shape.tiles_of_block);
   const unsigned index = block_index_x(), h = index / blocks % H, n = index / blocks / H;
   const int64_t slot = state_slot(p, n);
