@@ -100,10 +100,12 @@ print(next(pathlib.Path(fwp_core._core.__file__).parent.rglob('libfwp_core.so'))
 }
 
 tests() {
-  local chosen=(tests/test_gpu.py -k cuda)
-  [ -z "$DRY" ] || chosen=(tests/test_gpu.py -k "cpu and (autograd or layouts)")
-  [ -n "$DRY" ] || export FWP_GPU=required
-  "$PYTHON" -m pytest -q -p no:cacheprovider "${chosen[@]}"
+  local chosen=(tests/test_gpu.py tests/test_cuda_torch.py tests/test_cuda_jax.py -k "not cpu") log=$SCRATCH/tests.log
+  [ -z "$DRY" ] || chosen=(tests/test_gpu.py -k "cpu and (layouts or beside)")
+  [ -n "$DRY" ] || export FWP_GPU=required XLA_PYTHON_CLIENT_PREALLOCATE=false
+  "$PYTHON" -c "import xdist" 2>/dev/null && chosen+=(-n 4)
+  "$PYTHON" -m pytest -q -p no:cacheprovider "${chosen[@]}" | tee "$log" || return
+  ! grep "^SKIPPED.*no GPU" "$log"  # by modules that do not know of FWP_GPU
 }
 
 sanitizers() {
@@ -134,7 +136,7 @@ benchmark() {
 
 # ---- one after the other ----
 
-STEPS="machine:10 packages:30 build:150 goldens:25 cases:25 tests:70 sanitizers:60 benchmark:"
+STEPS="machine:10 packages:30 build:140 goldens:40 cases:30 tests:90 sanitizers:50 benchmark:"
 
 # Runs a step; its limit is its share, or all that is left. Adds a line to the summary.
 step() {

@@ -1,9 +1,8 @@
-"""torch tensors on a GPU: sizes that models have, streams, graphs, memory. Most tests run on the CPU as well.
+"""Kernels on a GPU, through torch: sizes that models have, every kind of gate, equal bits; also on the CPU.
 
 FWP_GPU=required: without a GPU these tests fail instead of being skipped.
 """
 
-import gc
 import os
 
 import ml_dtypes
@@ -38,7 +37,6 @@ every_size = pytest.mark.parametrize(
     ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else x,
     indirect=["device"],
 )
-on_gpus = pytest.mark.parametrize("device", ["cuda"], indirect=True)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -143,12 +141,6 @@ def test_features(device, dtype, options):
     are_the_oracles(make_case("delta", "scalar", dtype=dtype, B=1, T=130, K=32, V=64, **options), device)
 
 
-@every_rule
-def test_attention_norm(device, rule):
-    case = make_case(rule, "scalar", qk_norm="sum", attention_norm=True, B=1, T=70, K=64, V=64)
-    are_the_oracles(case, device)
-
-
 @halves
 @every_rule
 def test_long_sequences(device, rule, dtype):
@@ -225,84 +217,3 @@ def test_a_number_that_is_none_goes_where_it_is_used_and_nowhere_else(device, ru
     assert torch.isnan(o[0, 100:, 1, 3]).all()
     assert torch.isfinite(o[0, :, 1, :3]).all()
     assert torch.isnan(final_state[0, 1, :, 3]).any()
-
-
-@every_rule
-def test_autograd(device, rule):
-    there = There(make_case(rule, "scalar", dtype=ml_dtypes.bfloat16, B=1, T=130, K=64, V=64), device)
-    expected = [x for x in there.gradients() if x is not None]
-    leaves = {name: x for name, x in there.inputs.items() if x is not None}
-    for x in leaves.values():
-        x.requires_grad_()
-    o, final_state = there.scan()
-    found = torch.autograd.grad([o, final_state], list(leaves.values()), [there.do, there.dfinal_state])
-    assert_same(found, expected)
-
-
-@on_gpus
-@every_rule
-def test_a_graph_replays_with_other_data(device, rule):
-    options = {"dtype": ml_dtypes.bfloat16, "B": 2, "T": 130, "K": 64, "V": 64}
-    there, other = (There(make_case(rule, "scalar", seed=seed, **options), device) for seed in (0, 1))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        there.everything()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = there.everything()
-    for x in results:
-        x.fill_(float("nan"))
-    graph.replay()
-    assert_same(results, there.everything())
-    expected = other.everything()
-    for name, x in there.inputs.items():
-        if x is not None:
-            x.copy_(other.inputs[name])
-    there.do.copy_(other.do)
-    there.dfinal_state.copy_(other.dfinal_state)
-    graph.replay()
-    assert_same(results, expected)
-
-
-@on_gpus
-@every_rule
-def test_work_is_put_on_the_current_stream(device, rule):
-    there = There(make_case(rule, "scalar", B=2, T=130, K=64, V=64), device)
-    expected, late = there.everything(), There(there.case, device)
-    values = {name: x.clone() for name, x in late.inputs.items() if x is not None}
-    stream = torch.cuda.Stream()
-    for name in values:
-        late.inputs[name].fill_(float("nan"))
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # cycles: the copies come late
-        for name, x in values.items():
-            late.inputs[name].copy_(x)
-        found = late.everything()
-    stream.synchronize()
-    assert_same(found, expected)
-
-
-@on_gpus
-def test_memory_is_given_back(device):
-    there = There(make_case("delta", "scalar", dtype=ml_dtypes.bfloat16, B=2, T=300, K=64, V=64), device)
-
-    def used():
-        there.everything()
-        gc.collect()
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
-
-    before = used()
-    for _ in range(20):
-        assert used() == before
-
-
-@on_gpus
-def test_a_device_is_not_left(device):
-    there = There(make_case("delta", **SIZES[0]), device)
-    there.inputs["k"] = there.inputs["k"].cpu()
-    with pytest.raises(fwp.DeviceError):
-        there.scan()

@@ -226,9 +226,9 @@ int main(int count, char** words) try {
   if (state != "available" && state != "emulated") return 1;
   int run = 0, wrong = 0;
   for (const Case& c : every_case()) {
-    const std::string name = c.name() + ' ';
+    const std::string name = ' ' + c.name() + ' ';
     bool asked = true;
-    for (int i = 1; i < count; ++i) asked = asked && name.find(words[i] + std::string(" ")) != std::string::npos;
+    for (int i = 1; i < count; ++i) asked = asked && name.find(' ' + std::string(words[i]) + ' ') != std::string::npos;
     if (!asked) continue;
     const auto found = results(true, c), exact = results(false, c);
     double worst = 0;
