@@ -2,6 +2,7 @@
 #pragma once
 
 #define FWP_KERNEL __global__
+#define FWP_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define FWP_DEVICE __device__ __forceinline__
 #define FWP_PARAMETER const __grid_constant__
 #define FWP_UNROLL _Pragma("unroll")

@@ -9,6 +9,7 @@
 #include "../simt/simt.hpp"
 
 #define FWP_KERNEL
+#define FWP_BOUNDS(threads, blocks)
 #define FWP_DEVICE inline
 #define FWP_PARAMETER const
 #define FWP_UNROLL _Pragma("GCC unroll 32")

@@ -1,5 +1,6 @@
 #include "forward.cuh"
 #include "recurrent.hpp"
+#include "step.hpp"
 
 namespace fwp::cuda::recurrent {
 
@@ -40,12 +41,14 @@ struct StepMemory {
 }  // namespace
 
 size_t step_workspace(const Problem& p) {
+  if (fits_registers(p)) return 0;
   return with_number(p, [&](auto number) {
     return StepMemory<decltype(number)>(p, ForwardPlan<decltype(number)>(p, nullptr, 1), nullptr).used;
   });
 }
 
 void step(const Problem& p, void* workspace, Queue& queue) {
+  if (fits_registers(p)) return step_in_registers(p, queue);
   with_number(p, [&](auto number) {
     using T = decltype(number);
     ForwardPlan<T> plan(p, nullptr, 1);
