@@ -10,17 +10,17 @@ bool serves(const Problem& p) {
 }
 
 size_t forward_workspace(const Problem& p) {
-  char* nowhere = nullptr;
-  size_t bytes = 0;
-  place(p, &nowhere, &bytes);
-  return bytes;
+  Arena arena(nullptr);
+  Prepared::take(arena, p, all_slots(p));
+  return arena.bytes();
 }
 
 void forward(const Problem& p, void* workspace, int32_t* left, Queue& queue) {
-  auto* at = static_cast<char*>(workspace);
-  size_t bytes = 0;
-  Scan x{p, place(p, &at, &bytes), left, p.h0, p.hT, 0, (p.T + kChunk - 1) / kChunk};
-  prepare(p, x.prepared, left, queue);
+  Arena arena(workspace);
+  const Window window = all_slots(p);
+  const Scan x{p, window, Prepared::take(arena, p, window), left};
+  clear_left(p, left, queue);
+  prepare(p, window, x.prepared, left, queue);
   run_scan<true>(x, queue);
 }
 

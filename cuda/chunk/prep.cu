@@ -134,17 +134,15 @@ struct PrepShared {
   float k_up[kChunk], beta[kChunk];
 };
 
-// Grid: slots * H, heads of a slot side by side.
+// Grid: places.
 template <int D>
-FWP_KERNEL void prepare_delta(FWP_PARAMETER Problem p, Prepared out, int32_t* left) {
-  const int64_t place = block_index_x(), slot = place / p.H, h = place % p.H, n = sequence_of_slot(p, slot);
-  const Sequence s = sequence(p, n);
-  const int64_t t0 = (slot - first_slot(p, n)) * kChunk;
+FWP_KERNEL void prepare_delta(FWP_PARAMETER Problem p, Window window, Prepared out, int32_t* left) {
+  const auto [place, n, h, t0, s] = Place::at(p, window, block_index_x());
   if (t0 >= s.length) return;
   auto& shared = *static_cast<PrepShared<D>*>(shared_memory());
   const bool gated = p.decay != Decay::none;
 
-  const auto k = HeadRows::from(p.k, Place::of(p.k, s, h, 0, p.K), t0, tokens_of_chunk(s, t0 / kChunk));
+  const auto k = HeadRows::of(p.k, s, h, 0, p.K).from(t0, tokens_of_chunk(s, t0 / kChunk));
   copy_rows<D, kPrepThreads>(k, shared.k);
   commit_copies();
   bool fine = true;
@@ -200,10 +198,8 @@ FWP_KERNEL void prepare_delta(FWP_PARAMETER Problem p, Prepared out, int32_t* le
 }
 
 // For rules that do not predict: the gates alone, a warp for a slot and head.
-FWP_KERNEL void prepare_gates(FWP_PARAMETER Problem p, Prepared out, int32_t* left) {
-  const int64_t place = block_index_x(), slot = place / p.H, h = place % p.H, n = sequence_of_slot(p, slot);
-  const Sequence s = sequence(p, n);
-  const int64_t t0 = (slot - first_slot(p, n)) * kChunk;
+FWP_KERNEL void prepare_gates(FWP_PARAMETER Problem p, Window window, Prepared out, int32_t* left) {
+  const auto [place, n, h, t0, s] = Place::at(p, window, block_index_x());
   if (t0 >= s.length) return;
   auto* const G = static_cast<double*>(shared_memory());
   if (!(sum_gates(p, s, t0, h, out.G + place * kChunk, G) <= kMostGrowth)) raise(left + n * p.H + h);
@@ -218,17 +214,21 @@ FWP_KERNEL void clear_flags(int32_t* flags, int64_t count) {
 
 }  // namespace
 
-void prepare(const Problem& p, const Prepared& out, int32_t* left, Queue& queue) {
+void clear_left(const Problem& p, int32_t* left, Queue& queue) {
   const int64_t heads = p.N * p.H;
   queue.run("chunk flags", clear_flags, {static_cast<unsigned>((heads + kClearThreads - 1) / kClearThreads)},
             kClearThreads, 0, left, heads);
-  const Grid grid{static_cast<unsigned>(slot_count(p) * p.H)};
+}
+
+void prepare(const Problem& p, const Window& window, const Prepared& out, int32_t* left, Queue& queue) {
+  const Grid grid{static_cast<unsigned>(places(p, window))};
   if (p.rule == Rule::delta)
     with_size(p.K, [&](auto size) {
-      queue.run("chunk prepare", prepare_delta<size()>, grid, kPrepThreads, sizeof(PrepShared<size()>), p, out, left);
+      queue.run("chunk prepare", prepare_delta<size()>, grid, kPrepThreads, sizeof(PrepShared<size()>), p, window, out,
+                left);
     });
   else if (p.decay != Decay::none)
-    queue.run("chunk gates", prepare_gates, grid, kWarpSize, kChunk * sizeof(double), p, out, left);
+    queue.run("chunk gates", prepare_gates, grid, kWarpSize, kChunk * sizeof(double), p, window, out, left);
 }
 
 }  // namespace fwp::cuda::chunk

@@ -12,49 +12,104 @@
 
 namespace fwp::cuda::chunk {
 
-// Each chunk of each sequence has a slot. They are counted without a table of the sequences before: some stay empty.
-inline int64_t slot_count(const Problem& p) {
-  return p.cu_seqlens != nullptr ? p.T / kChunk + p.N : p.N * ((p.T + kChunk - 1) / kChunk);
+// Each chunk has a slot on its time axis: a sequence's own, or the one that packed sequences share, on which they are
+// counted without a table of the sequences before, so that some slots stay empty.
+inline int64_t slots_of_axis(const Problem& p) {
+  if (p.cu_seqlens != nullptr) return p.T / kChunk + p.N;
+  return p.T > 0 ? (p.T + kChunk - 1) / kChunk : 1;
 }
 FWP_DEVICE int64_t first_slot(const Problem& p, int64_t n) {
-  return p.cu_seqlens != nullptr ? load_global(p.cu_seqlens + n) / kChunk + n : n * ((p.T + kChunk - 1) / kChunk);
-}
-// The sequence that a slot belongs to: the last one that begins there or before.
-FWP_DEVICE int64_t sequence_of_slot(const Problem& p, int64_t slot) {
-  if (p.cu_seqlens == nullptr) return slot / ((p.T + kChunk - 1) / kChunk);
-  int64_t low = 0, high = p.N;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (first_slot(p, middle) <= slot ? low : high) = middle;
-  }
-  return low;
+  return p.cu_seqlens != nullptr ? load_global(p.cu_seqlens + n) / kChunk + n : 0;
 }
 
-// What is left for the scans, for [slot][head].
-struct Prepared {
-  double* G;    // [64]      log2 of the decay from before the chunk to after the token, with a decay
-  Half* T;      // [64][64]  T', rows divided by their scales, for the delta rule
-  float* T_up;  // [64]      the scales
+// The slots of every axis that a launch is about. What kernels leave for each other is [axis][count][H]: by place.
+struct Window {
+  int64_t begin, count;
 };
-// Places it in memory at *workspace, or counts bytes where that is null.
-inline Prepared place(const Problem& p, char** workspace, size_t* bytes) {
-  const size_t heads = static_cast<size_t>(slot_count(p) * p.H), chunk = kChunk;
-  const auto take = [&](bool needed, size_t size) -> void* {
-    char* const at = *workspace;
-    size = needed ? (heads * size + 63) / 64 * 64 : 0;
-    *bytes += size;
-    if (at != nullptr) *workspace += size;
-    return needed ? at : nullptr;
-  };
-  Prepared x;
-  x.G = static_cast<double*>(take(p.decay != Decay::none, chunk * sizeof(double)));
-  x.T = static_cast<Half*>(take(p.rule == Rule::delta, chunk * chunk * sizeof(Half)));
-  x.T_up = static_cast<float*>(take(p.rule == Rule::delta, chunk * sizeof(float)));
-  return x;
-}
+inline Window all_slots(const Problem& p) { return {0, slots_of_axis(p)}; }
+inline int64_t axes(const Problem& p) { return p.cu_seqlens != nullptr ? 1 : p.N; }
+inline int64_t places(const Problem& p, const Window& w) { return axes(p) * w.count * p.H; }
 
-// Clears left [N][H], and then sets it for heads that this form is not for: keys or gates that are not finite, growth.
-void prepare(const Problem& p, const Prepared& out, int32_t* left, Queue& queue);
+// The chunks of a sequence that are in a window.
+struct Span {
+  int64_t axis, slot;  // of its first chunk
+  int chunks;          // of the sequence
+  int begin, end;
+  bool here;  // whether any is in the window, or a sequence without any stands there
+
+  FWP_DEVICE static Span of(const Problem& p, const Window& w, int64_t n, const Sequence& s) {
+    const int64_t slot = first_slot(p, n), chunks = (s.length + kChunk - 1) / kChunk, last = w.begin + w.count - slot;
+    const int64_t begin = w.begin > slot ? w.begin - slot : 0, end = chunks < last ? chunks : last;
+    return {s.b,
+            slot,
+            static_cast<int>(chunks),
+            static_cast<int>(begin),
+            static_cast<int>(end),
+            begin < end || (chunks == 0 && slot >= w.begin && last > 0)};
+  }
+  FWP_DEVICE int64_t place(const Problem& p, const Window& w, int64_t chunk, int64_t h) const {
+    return (axis * w.count + slot + chunk - w.begin) * p.H + h;
+  }
+};
+
+// A chunk and head of a window. Where t0 is not in the sequence there is none.
+struct Place {
+  int64_t index, n, h, t0;
+  Sequence s;
+
+  FWP_DEVICE int tokens() const { return tokens_of_chunk(s, t0 / kChunk); }
+  FWP_DEVICE static Place at(const Problem& p, const Window& w, unsigned index) {
+    const auto heads = static_cast<unsigned>(p.H), count = static_cast<unsigned>(w.count);
+    const int64_t slot = w.begin + index / heads % count;
+    int64_t n = index / heads / count;
+    if (p.cu_seqlens != nullptr) {  // the last sequence that begins there or before
+      int64_t high = p.N;
+      for (n = 0; high - n > 1;) {
+        const int64_t middle = (n + high) / 2;
+        (first_slot(p, middle) <= slot ? n : high) = middle;
+      }
+    }
+    return {index, n, index % heads, (slot - first_slot(p, n)) * kChunk, sequence(p, n)};
+  }
+};
+
+// Workspace, in pieces of whole 64 bytes. Without memory, it only counts.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class X>
+  X* take(int64_t count) {
+    char* const here = memory_ != nullptr ? memory_ + bytes_ : nullptr;
+    bytes_ += (static_cast<size_t>(count) * sizeof(X) + 63) / 64 * 64;
+    return reinterpret_cast<X*>(here);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  size_t bytes_ = 0;
+};
+
+// What is left for the scans, by place.
+struct Prepared {
+  double* G = nullptr;    // [64]      log2 of the decay from before the chunk to after the token, with a decay
+  Half* T = nullptr;      // [64][64]  T', rows divided by their scales, for the delta rule
+  float* T_up = nullptr;  // [64]      the scales
+
+  static Prepared take(Arena& arena, const Problem& p, const Window& w) {
+    const int64_t tokens = places(p, w) * kChunk;
+    Prepared x;
+    if (p.decay != Decay::none) x.G = arena.take<double>(tokens);
+    if (p.rule == Rule::delta) x.T = arena.take<Half>(tokens * kChunk);
+    if (p.rule == Rule::delta) x.T_up = arena.take<float>(tokens);
+    return x;
+  }
+};
+
+// Clears left [N][H].
+void clear_left(const Problem& p, int32_t* left, Queue& queue);
+// Sets it for heads that this form is not for: keys or gates that are not finite, growth.
+void prepare(const Problem& p, const Window& window, const Prepared& out, int32_t* left, Queue& queue);
 
 // Calls f with the number of columns of tiles that hold keys.
 template <class F>

@@ -9,24 +9,22 @@
 // which columns share a block or a warp changes no bit. Only P is shared by the warps of a block, and K, Q, T'.
 #pragma once
 
-#include "prep.cuh"
+#include "saved.cuh"
 
 namespace fwp::cuda::chunk {
 
-constexpr int kWarps = 4, kScanThreads = kWarps * kWarpSize, kColumns = 16, kValueTile = kWarps * kColumns;
+constexpr int kWarps = 4, kScanThreads = kWarps * kWarpSize, kValueTile = kWarps * kColumns;
 
-FWP_DEVICE int64_t whole_columns(int64_t V) { return (V + kColumns - 1) / kColumns * kColumns; }
-
+// A window of time. The state of a sequence that goes on outside of it is that of its axis, [axis][H][K][V].
 struct Scan {
   Problem p;
+  Window window;
   Prepared prepared;
-  int32_t* left;       // [N][H]
-  States from, to;     // p.h0 and p.hT, or what is carried from window to window; data == nullptr: zeros, nowhere
-  int64_t first, end;  // chunks of each sequence to go through
-  // For the backward, in place of outputs, of each chunk of the window [N][end - first]:
-  Half* states = nullptr;      // [H][columns][D]  S^T before the chunk, its rows divided by their scales, and
-  float* states_up = nullptr;  // [H][columns]     these; columns: V in whole sixteens
-  float* errors = nullptr;     // [64][H][V]       E, where the rule predicts
+  int32_t* left;             // [N][H]
+  States before{}, after{};  // carried from and to other windows
+  // For the backward, in place of outputs: the states before each chunk and, where the rule predicts, the errors.
+  SavedStates S{};
+  SavedRows E{};
 };
 
 template <int D>
@@ -43,7 +41,7 @@ struct ScanShared {
   Half v[kWarps][kChunk * kColumns];
   float P_up[kChunk];
   struct {
-    Place k, q, v, o;
+    HeadColumns k, q, v, o;
   } places[kWarps];
 };
 
@@ -54,16 +52,16 @@ struct Token {
 };
 
 template <bool predicts, bool gated>
-FWP_DEVICE Token load_token(const Scan& x, int64_t beta, int tokens, int64_t place) {
+FWP_DEVICE Token load_token(const Rows& beta, int64_t first, int tokens, const Prepared& prepared, int64_t place) {
   const int i = thread_index();
   place *= kChunk;
   Token token;
   if (i >= kChunk) return token;
-  if (i < tokens) token.beta = x.p.beta.data != nullptr ? load_number<float>(x.p.beta, beta + i * x.p.beta.t) : 1.0f;
-  if constexpr (predicts) token.T_up = load_global(x.prepared.T_up + place + i);
+  if (i < tokens) token.beta = beta.data != nullptr ? load_number<float>(beta, first + i * beta.t) : 1.0f;
+  if constexpr (predicts) token.T_up = load_global(prepared.T_up + place + i);
   if constexpr (gated) {
-    token.G = load_global(x.prepared.G + place + i);
-    token.G_end = load_global(x.prepared.G + place + kChunk - 1);
+    token.G = load_global(prepared.G + place + i);
+    token.G_end = load_global(prepared.G + place + kChunk - 1);
   }
   return token;
 }
@@ -144,30 +142,6 @@ FWP_DEVICE void store_state(const float (&S)[D / 8][4], const Problem& p, const 
   }
 }
 
-// The state and the errors of a chunk, for the backward.
-template <int D, bool predicts>
-FWP_DEVICE void save(const Scan& x, const Sequence& s, int64_t c, int64_t n, int64_t h, int64_t column,
-                     const uint32_t (&S)[D / 16][4], const Scale (&S_scale)[2], const float (&e)[8][4]) {
-  const int64_t chunk = n * (x.end - x.first) + c - x.first, columns = whole_columns(x.p.V);
-  if (column >= columns) return;
-  const int64_t row = (chunk * x.p.H + h) * columns + column;
-  FWP_UNROLL for (int k = 0; k < D / 16; ++k) store_a(x.states + row * D, D, 16 * k, S[k]);
-  FWP_UNROLL for (int i = 0; i < 2; ++i) {
-    if (lane() % 4 == 0) store_global(x.states_up + row + lane() / 4 + 8 * i, S_scale[i].up);
-  }
-  if constexpr (predicts) {
-    const int64_t left = x.p.V - column;
-    char* const at = reinterpret_cast<char*>(x.errors + (chunk * kChunk * x.p.H + h) * x.p.V + column);
-    const HeadRows rows{
-        at,         x.p.H * x.p.V, tokens_of_chunk(s, c), static_cast<int>(left < kColumns ? left : kColumns),
-        DType::f32, x.p.V % 4 == 0};
-    FWP_UNROLL for (int i = 0; i < 8; ++i) {
-      float y[4] = {e[i][0], e[i][1], e[i][2], e[i][3]};
-      store_turned(rows, 8 * i, y);
-    }
-  }
-}
-
 // The two tokens of a lane in fragment i of a chunk.
 FWP_DEVICE void load_tokens(float (&x)[2], const float* numbers, int i) {
   load_two(x, numbers + 8 * i + 2 * (lane() % 4));
@@ -240,13 +214,13 @@ FWP_DEVICE void read(const HeadRows& o, const Stage& stage, float factor, const 
 }
 
 // S = decay S + K^T W
-template <int D, class Stage>
-FWP_DEVICE void write(float (&S)[D / 8][4], const Stage& stage, float decay, const uint32_t (&W)[4][4],
+template <int D>
+FWP_DEVICE void write(float (&S)[D / 8][4], const Half* K, float decay, const uint32_t (&W)[4][4],
                       const Scale (&scale)[2]) {
   FWP_UNROLL for (int n = 0; n < D / 8; n += 4) {
     float sum[4][4];
     clear(sum);
-    FWP_UNROLL for (int k = 0; k < 4; ++k) multiply<D, Sum::down, 4>(sum, W[k], stage.k, 8 * n, 16 * k);
+    FWP_UNROLL for (int k = 0; k < 4; ++k) multiply<D, Sum::down, 4>(sum, W[k], K, 8 * n, 16 * k);
     FWP_UNROLL for (int i = 0; i < 4; ++i) {
       FWP_UNROLL for (int r = 0; r < 4; ++r) S[n + i][r] = decay * S[n + i][r] + sum[i][r] * scale[r / 2].up;
     }
@@ -262,10 +236,9 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
                  n = block_index_x() / tiles / heads;
   if (load_global(x.left + n * p.H + h) != 0) return;
   const Sequence s = sequence(p, n);
-  const int64_t chunks = (s.length + kChunk - 1) / kChunk;
-  const int first = static_cast<int>(x.first), end = static_cast<int>(chunks < x.end ? chunks : x.end);
-  const int first_place = fresh(static_cast<int>(first_slot(p, n) * p.H + h));
-  const int64_t beta = fresh(row_at(p.beta, s, 0, h));
+  const Span span = Span::of(p, x.window, n, s);
+  if (!span.here) return;
+  const int64_t first_place = fresh(span.place(p, x.window, 0, h)), beta = fresh(row_at(p.beta, s, 0, h));
   const int64_t column = int64_t{tile} * kValueTile + warp() * kColumns;
   const int64_t end_column = column + kColumns < p.V ? column + kColumns : p.V;
   auto& shared = *static_cast<ScanShared<D>*>(shared_memory());
@@ -274,14 +247,14 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
   // What the loop does not change but needs now and then waits in shared memory: registers are short.
   auto* const places = &shared.places[warp()];
   if (lane() == 0) {
-    store_shared(&places->k, Place::of(p.k, s, h, 0, p.K));
-    store_shared(&places->q, Place::of(p.q, s, h, 0, p.K));
-    store_shared(&places->v, Place::of(p.v, s, h, column, end_column));
-    store_shared(&places->o, Place::of(p.o, s, h, column, end_column));
+    store_shared(&places->k, HeadColumns::of(p.k, s, h, 0, p.K));
+    store_shared(&places->q, HeadColumns::of(p.q, s, h, 0, p.K));
+    store_shared(&places->v, HeadColumns::of(p.v, s, h, column, end_column));
+    store_shared(&places->o, HeadColumns::of(p.o, s, h, column, end_column));
   }
   sync_warp();
-  const auto rows = [&](const Rows& array, const Place* place, int c) {
-    return HeadRows::from(array, load_shared(place), int64_t{c} * kChunk, tokens_of_chunk(s, c));
+  const auto rows = [&](const Rows& array, const HeadColumns* place, int c) {
+    return load_shared(place).rows(array, int64_t{c} * kChunk, tokens_of_chunk(s, c));
   };
   const auto copy_keys = [&](int c) {
     auto& stage = shared.stages[c % 2];
@@ -301,24 +274,27 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
   };
 
   float S[D / 8][4];
-  load_state<D>(S, p, x.from, n, h, column);
+  const bool first = span.begin == 0, last = span.end == span.chunks;
+  load_state<D>(S, p, first ? p.h0 : x.before, first ? n : span.axis, h, column);
   uint32_t most = 0;  // the largest magnitude of all operands
-  if (first < end) {
-    copy_keys(first);
-    copy_values(first);
-    copy_T(first);
+  if (span.begin < span.end) {
+    copy_keys(span.begin);
+    copy_values(span.begin);
+    copy_T(span.begin);
   }
-  for (int c = first; c < end; ++c) {
+  for (int c = span.begin; c < span.end; ++c) {
+    const bool more = c + 1 < span.end;
     auto& stage = shared.stages[c % 2];
-    const Token token = load_token<predicts, gated>(x, beta + int64_t{c} * kChunk * p.beta.t, tokens_of_chunk(s, c),
-                                                    first_place + int64_t{c} * heads);
+    const Token token =
+        load_token<predicts, gated>(p.beta, beta + int64_t{c} * kChunk * p.beta.t, tokens_of_chunk(s, c), x.prepared,
+                                    first_place + int64_t{c} * heads);
     wait_copies<0>();
     most = larger(most, scale_rows<D, kScanThreads>(rows(p.k, &places->k, c), stage.k, stage.k_up));
     if constexpr (output)
       most = larger(most, scale_rows<D, kScanThreads>(rows(p.q, &places->q, c), stage.q, stage.q_up));
     store_token<gated>(stage, token);
     sync_block();  // the chunk is there, and the one before it is no longer needed
-    if (c + 1 < end) copy_keys(c + 1);
+    if (more) copy_keys(c + 1);
     if constexpr (output) most = larger(most, multiply_queries<D, gated>(stage, shared.P, shared.P_up));
 
     uint32_t S_a[D / 16][4];
@@ -327,11 +303,14 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
     float e[8][4];
     predict<D, predicts, gated>(e, stage, p.v.dtype, v_tile, S_a, S_scale);
     sync_warp();
-    if (c + 1 < end) copy_values(c + 1);
+    if (more) copy_values(c + 1);
     if constexpr (predicts) most = larger(most, solve(e, stage, shared.T));
-    if constexpr (!output) save<D, predicts>(x, s, c, n, h, column, S_a, S_scale, e);
+    if (!output && x.S.numbers != nullptr && column < x.S.columns) {
+      x.S.of(first_place + c * p.H, column).template store<D>(S_a, S_scale);
+      if constexpr (predicts) x.E.store(first_place + c * p.H, column, e);
+    }
     sync_block();  // P is there, and T' is no longer needed
-    if (c + 1 < end) copy_T(c + 1);
+    if (more) copy_T(c + 1);
 
     // U and W = e^(G_C - G) U, with the scales of the keys' rows
     uint32_t U[4][4], W[4][4];
@@ -355,31 +334,36 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
       read<D, gated>(rows(p.o, &places->o, c), stage, static_cast<float>(p.scale), shared.P, shared.P_up, S_a, S_scale,
                      U, U_scale);
     if constexpr (gated)
-      write<D>(S, stage, load_shared(&stage.decay_chunk), W, W_scale);
+      write<D>(S, stage.k, load_shared(&stage.decay_chunk), W, W_scale);
     else
-      write<D>(S, stage, 1.0f, U, U_scale);
+      write<D>(S, stage.k, 1.0f, U, U_scale);
   }
   Scale ignored[2];
   most = larger(most, row_scales(ignored, S));
   if (most >= kInfinite) raise(x.left + n * p.H + h);
-  store_state<D>(S, p, x.to, n, h, column);
+  store_state<D>(S, p, last ? p.hT : x.after, last ? n : span.axis, h, column);
+}
+
+// Calls f with a scan's columns of keys, whether its rule predicts and whether it is gated.
+template <class F>
+void with_variant(const Problem& p, const F& f) {
+  with_size(p.K, [&](auto size) {
+    const std::true_type yes{};
+    const std::false_type no{};
+    if (p.rule == Rule::delta)
+      p.decay != Decay::none ? f(size, yes, yes) : f(size, yes, no);
+    else
+      p.decay != Decay::none ? f(size, no, yes) : f(size, no, no);
+  });
 }
 
 template <bool output>
 void run_scan(const Scan& x, Queue& queue) {
   const Problem& p = x.p;
-  const int64_t blocks = (p.V + kValueTile - 1) / kValueTile * p.H * p.N;
-  const auto start = [&](auto size, auto predicts, auto gated) {
-    queue.run("chunk scan", scan<size(), predicts(), gated(), output>, {static_cast<unsigned>(blocks)}, kScanThreads,
-              sizeof(ScanShared<size()>), x);
-  };
-  with_size(p.K, [&](auto size) {
-    const std::true_type yes{};
-    const std::false_type no{};
-    if (p.rule == Rule::delta)
-      p.decay != Decay::none ? start(size, yes, yes) : start(size, yes, no);
-    else
-      p.decay != Decay::none ? start(size, no, yes) : start(size, no, no);
+  const Grid grid{static_cast<unsigned>((p.V + kValueTile - 1) / kValueTile * p.H * p.N)};
+  with_variant(p, [&](auto size, auto predicts, auto gated) {
+    queue.run("chunk scan", scan<size(), predicts(), gated(), output>, grid, kScanThreads, sizeof(ScanShared<size()>),
+              x);
   });
 }
 

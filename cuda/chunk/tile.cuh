@@ -76,9 +76,9 @@ FWP_DEVICE uint32_t largest_of_block(uint32_t x, uint32_t* scratch) {
 struct Scale {
   float up, down;
 };
-// For numbers whose largest magnitude is this; 1 where all are 0.
+// For numbers whose largest magnitude is this; 0 where all are 0.
 FWP_DEVICE Scale scale_for(uint32_t largest_magnitude) {
-  if (largest_magnitude == 0) return {1, 1};
+  if (largest_magnitude == 0) return {0, 0};
   const uint32_t exponent = larger(largest_magnitude >> 23, 15);
   return {float_of((exponent - 14) << 23), float_of((268 - exponent) << 23)};
 }
@@ -92,33 +92,19 @@ FWP_DEVICE int at(int row, int column) {
   return row * D + ((column / 8) ^ (row / rows_per_line & mask)) * 8 + column % 8;
 }
 
-// Where a head has its rows in an array, or some of their columns.
-struct alignas(16) Place {
-  int64_t offset;  // in bytes
-  int columns;
-  int wide;  // whether all rows begin at multiples of 16 bytes
-
-  FWP_DEVICE static Place of(const Rows& rows, const Sequence& s, int64_t h, int64_t first_column, int64_t end_column) {
-    const int64_t size = rows.dtype == DType::f32 ? 4 : 2;
-    const int64_t offset = size * (row_at(rows, s, 0, h) + first_column);
-    const bool wide =
-        (reinterpret_cast<uintptr_t>(rows.data) + static_cast<uintptr_t>(offset)) % 16 == 0 && rows.t * size % 16 == 0;
-    return {offset, static_cast<int>(end_column - first_column), wide};
-  }
-};
-
-// Some tokens of them.
+// Tokens of an array in global memory that a head reads or writes: some of their columns.
 struct HeadRows {
   char* data;
   int64_t stride;  // in numbers
   int count, columns;
   DType dtype;
-  int wide;
+  int wide;  // whether all rows begin at multiples of 16 bytes
 
-  FWP_DEVICE static HeadRows from(const Rows& rows, const Place& place, int64_t first_token, int count) {
-    const int64_t size = rows.dtype == DType::f32 ? 4 : 2;
-    char* const data = static_cast<char*>(rows.data) + (place.offset + first_token * rows.t * size);
-    return {data, rows.t, count, place.columns, rows.dtype, place.wide};
+  // Of a whole sequence; from() says which of its tokens.
+  FWP_DEVICE static HeadRows of(const Rows& rows, const Sequence& s, int64_t h, int64_t first_column,
+                                int64_t end_column);
+  FWP_DEVICE HeadRows from(int64_t t, int tokens) const {
+    return {data + t * stride * (dtype == DType::f32 ? 4 : 2), stride, tokens, columns, dtype, wide};
   }
   // How many of `most` numbers from a column on are there.
   FWP_DEVICE int room(int column, int most) const {
@@ -130,6 +116,30 @@ struct HeadRows {
     return reinterpret_cast<X*>(data) + row * stride + column;
   }
 };
+
+// The part of HeadRows that is not the array's own: what a kernel may lay aside in shared memory.
+struct alignas(16) HeadColumns {
+  int64_t offset;  // in bytes
+  int columns, wide;
+
+  FWP_DEVICE static HeadColumns of(const Rows& rows, const Sequence& s, int64_t h, int64_t first_column,
+                                   int64_t end_column) {
+    const int64_t size = rows.dtype == DType::f32 ? 4 : 2;
+    const int64_t offset = size * (row_at(rows, s, 0, h) + first_column);
+    const bool wide =
+        (reinterpret_cast<uintptr_t>(rows.data) + static_cast<uintptr_t>(offset)) % 16 == 0 && rows.t * size % 16 == 0;
+    return {offset, static_cast<int>(end_column - first_column), wide};
+  }
+  FWP_DEVICE HeadRows rows(const Rows& of, int64_t first_token, int tokens) const {
+    const HeadRows all{static_cast<char*>(of.data) + offset, of.t, 0, columns, of.dtype, wide};
+    return all.from(first_token, tokens);
+  }
+};
+FWP_DEVICE HeadRows HeadRows::of(const Rows& rows, const Sequence& s, int64_t h, int64_t first_column,
+                                 int64_t end_column) {
+  const HeadColumns place = HeadColumns::of(rows, s, h, first_column, end_column);
+  return HeadColumns{fresh(place.offset), place.columns, fresh(place.wide)}.rows(rows, 0, 0);
+}
 
 // The pieces of a thread in a tile [rows][D] that the threads of a block, or of a warp (threads = 32), share: of one
 // column, some rows apart.
@@ -197,8 +207,9 @@ FWP_DEVICE uint32_t scale_piece(const float (&x)[8], Half* piece, float* row_sca
 
 // Turns copied rows into float16 with a scale per row, in place, every thread its own pieces; up [64]: what the tile's
 // rows are to be multiplied by. Returns the largest magnitude that this thread saw. A barrier before others read.
+// columns_up: where float16 rows have a scale per 16 columns already, these.
 template <int D, int threads>
-FWP_DEVICE uint32_t scale_rows(const HeadRows& x, Half* tile, float* up) {
+FWP_DEVICE uint32_t scale_rows(const HeadRows& x, Half* tile, float* up, const float* columns_up = nullptr) {
   using Mine = Pieces<D, kChunk, threads>;
   const Mine mine = Mine::mine();
   uint32_t most = 0;
@@ -227,7 +238,10 @@ FWP_DEVICE uint32_t scale_rows(const HeadRows& x, Half* tile, float* up) {
       most = larger(most, scale_piece<D>(y, mine.in(tile, i), up + row, mine.column == 0));
     }
   };
-  if (x.dtype == DType::f16)
+  if (columns_up != nullptr) {
+    const float column_up = mine.column < x.columns ? load_global(columns_up + mine.column / 16) : 0.0f;
+    scale([column_up](uint32_t two, int i) { return unpack_half(two, i) * column_up; });
+  } else if (x.dtype == DType::f16)
     scale([](uint32_t two, int i) { return unpack_half(two, i); });
   else
     scale([](uint32_t two, int i) { return unpack_bfloat(two, i); });
@@ -319,6 +333,32 @@ FWP_DEVICE void store_rows(Half* tile, int m, int n, const float (&d)[4], const 
   FWP_UNROLL for (int i = 0; i < 2; ++i) {
     const uint32_t two = pack_half(d[2 * i] * scale[i].down, d[2 * i + 1] * scale[i].down);
     store_shared(reinterpret_cast<uint32_t*>(to + 8 * i * D), two);
+  }
+}
+
+// d[16][8] into rows m.. of an array, columns from n on: rounded once, what is not there left out.
+FWP_DEVICE void store_fragment(const HeadRows& x, int m, int n, const float (&d)[4]) {
+  const int column = n + 2 * (lane() % 4), room = x.room(column, 2);
+  FWP_UNROLL for (int i = 0; i < 2; ++i) {
+    const int row = m + lane() / 4 + 8 * i;
+    if (row >= x.count) continue;
+    if (x.dtype == DType::f32) {
+      float* const to = x.at<float>(row, column);
+      if (x.wide && room == 2) {
+        store_global(reinterpret_cast<Two*>(to), Two{{bits_of(d[2 * i]), bits_of(d[2 * i + 1])}});
+      } else {
+        FWP_UNROLL for (int j = 0; j < 2; ++j) if (j < room) store_global(to + j, d[2 * i + j]);
+      }
+      continue;
+    }
+    const uint32_t two = pack(x.dtype, d[2 * i], d[2 * i + 1]);
+    Half* const to = x.at<Half>(row, column);
+    if (x.wide && room == 2) {
+      store_global(reinterpret_cast<uint32_t*>(to), two);
+    } else {
+      FWP_UNROLL for (int j = 0; j < 2; ++j) if (j < room)
+          store_global(to + j, Half{static_cast<uint16_t>(two >> (16 * j))});
+    }
   }
 }
 

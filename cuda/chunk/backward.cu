@@ -1,0 +1,185 @@
+// Windows of time, the last first: forward from the state before the window, saving what the gradients need, back
+// through it, and then all its chunks at once. Memory grows with the window, not with time, and no bit depends on it.
+#include <algorithm>
+#include <numeric>
+
+#include "gradients.cuh"
+#include "reverse.cuh"
+
+namespace fwp::cuda::chunk {
+namespace {
+
+constexpr size_t kWindowBytes = size_t{256} << 20;
+constexpr int64_t kFewestChunks = 16;
+constexpr int kThreads = 128;
+
+// Value columns of a block of the gradients.
+int64_t value_tile(const Problem& p) { return p.V <= 64 ? 64 : 128; }
+int64_t value_tiles(const Problem& p) { return (p.V + value_tile(p) - 1) / value_tile(p); }
+
+Backward take(Arena& arena, const Problem& p, const Window& window, int32_t* left) {
+  Backward x;
+  x.p = p;
+  x.window = window;
+  x.prepared = Prepared::take(arena, p, window);
+  x.left = left;
+  const int64_t n = places(p, window);
+  const int columns = static_cast<int>((p.V + kColumns - 1) / kColumns * kColumns);
+  with_size(p.K, [&](auto channels) {
+    x.S = SavedStates::take(arena, n, columns, channels());
+    x.D = SavedStates::take(arena, n, columns, channels());
+  });
+  if (p.rule == Rule::delta) {
+    x.E = SavedRows::take(arena, n, columns);
+    x.dE = SavedRows::take(arena, n, columns);
+  }
+  x.dq = Parts::take(arena, p.dq, n, value_tiles(p), p.K);
+  x.dk = Parts::take(arena, p.dk, n, value_tiles(p), p.K);
+  x.dv = Parts::take(arena, p.dv, n, 1, p.V);
+  x.dbeta = Parts::take(arena, p.dbeta, n, value_tiles(p), 1);
+  x.dg = Parts::take(arena, p.dg, n, value_tiles(p), 1);
+  return x;
+}
+
+// The longest windows that fit, or those that are asked for.
+int64_t slots_of_window(const Problem& p, int64_t asked) {
+  if (asked > 0) return std::min(slots_of_axis(p), asked);
+  Arena one(nullptr);
+  take(one, p, {0, 1}, nullptr);
+  const auto fit = static_cast<int64_t>(kWindowBytes / std::max(one.bytes(), size_t{1}));
+  return std::min(slots_of_axis(p), std::max(fit, kFewestChunks));
+}
+
+// What goes on from window to window, [windows - 1][axis][H][K][V]: states at first, adjoints of states at last.
+class Carried {
+ public:
+  Carried(Arena& arena, const Problem& p, int64_t windows)
+      : windows_(windows), view_{nullptr, p.H * p.K * p.V, p.K * p.V, p.V}, size_(axes(p) * view_.n) {
+    numbers_ = arena.take<float>((windows - 1) * size_);
+  }
+  States before(int64_t window) const { return window > 0 ? at(window - 1) : States{}; }
+  States after(int64_t window) const { return window + 1 < windows_ ? at(window) : States{}; }
+
+ private:
+  States at(int64_t i) const {
+    States states = view_;
+    states.data = numbers_ + i * size_;
+    return states;
+  }
+  int64_t windows_;
+  States view_;
+  int64_t size_;
+  float* numbers_;
+};
+
+// Adds up a chunk's parts of a gradient: those of the tiles of a head, head by head. Grid: slots of all axes, rows of
+// heads.
+FWP_KERNEL void add_parts(FWP_PARAMETER Problem p, Window window, Rows rows, Parts parts) {
+  const auto first_head = static_cast<unsigned>(block_index_y() * rows.group);
+  const Place c = Place::at(p, window, block_index_x() * static_cast<unsigned>(p.H) + first_head);
+  const int64_t left = c.s.length - c.t0, count = left < kChunk ? left : kChunk;
+  if (left <= 0) return;
+  for (int64_t i = thread_index(); i < count * parts.size; i += kThreads) {
+    const int64_t t = i / parts.size, column = i % parts.size;
+    float sum = 0;
+    for (int64_t part = c.index * parts.tiles; part < (c.index + rows.group) * parts.tiles; ++part)
+      sum += load_global(parts.numbers + part * kChunk * parts.size + i);
+    store_number(rows, row_at(rows, c.s, c.t0 + t, first_head) + column, sum);
+  }
+}
+
+// Heads that share rows with one that is left are left as well: the sums of its gradients are not theirs alone. Grid:
+// bundles of heads, of all sequences.
+FWP_KERNEL void leave_bundles(int32_t* left, int64_t bundle) {
+  int32_t* const heads = left + block_index_x() * bundle;
+  int32_t any = 0;
+  for (int64_t h = 0; h < bundle; ++h) any |= load_global(heads + h);
+  sync_warp();
+  for (int64_t h = lane(); h < bundle && any != 0; h += kWarpSize) store_global(heads + h, any);
+}
+
+void run_reverse_scan(const Backward& x, Queue& queue) {
+  const Problem& p = x.p;
+  const Grid grid{static_cast<unsigned>((p.V + kValueTile - 1) / kValueTile * p.H * p.N)};
+  with_variant(p, [&](auto size, auto predicts, auto gated) {
+    queue.run("chunk reverse scan", reverse_scan<size(), predicts(), gated()>, grid, kScanThreads,
+              sizeof(ScanShared<size()>), x);
+  });
+}
+
+void run_gradients(const Backward& x, Queue& queue) {
+  const Problem& p = x.p;
+  const Grid grid{static_cast<unsigned>(places(p, x.window)), static_cast<unsigned>(value_tiles(p))};
+  const auto start = [&](auto predicts, auto keys, auto values) {
+    queue.run("chunk gradients", gradients<predicts(), keys(), values()>, grid, kGradientThreads,
+              sizeof(GradientShared<predicts(), keys(), values()>), x);
+  };
+  const auto with = [&](auto predicts) {
+    const std::integral_constant<int, 64> few{};
+    const std::integral_constant<int, 128> many{};
+    if (p.K <= 64)
+      p.V <= 64 ? start(predicts, few, few) : start(predicts, few, many);
+    else
+      p.V <= 64 ? start(predicts, many, few) : start(predicts, many, many);
+  };
+  p.rule == Rule::delta ? with(std::true_type()) : with(std::false_type());
+
+  const auto add = [&](const Rows& rows, const Parts& parts) {
+    if (parts.numbers == nullptr) return;
+    queue.run("chunk sums", add_parts,
+              {static_cast<unsigned>(axes(p) * x.window.count), static_cast<unsigned>(p.H / rows.group)}, kThreads, 0,
+              p, x.window, rows, parts);
+  };
+  add(p.dq, x.dq);
+  add(p.dk, x.dk);
+  add(p.dv, x.dv);
+  add(p.dbeta, x.dbeta);
+  add(p.dg, x.dg);
+}
+
+}  // namespace
+
+size_t backward_workspace(const Problem& p, int64_t window) {
+  Arena arena(nullptr);
+  const int64_t slots = slots_of_axis(p), count = slots_of_window(p, window);
+  take(arena, p, {0, count}, nullptr);
+  Carried(arena, p, (slots + count - 1) / count);
+  return arena.bytes();
+}
+
+void backward(const Problem& problem, void* workspace, int32_t* left, Queue& queue, int64_t window) {
+  Problem p = problem;
+  p.hT = {};
+  Arena arena(workspace);
+  const int64_t slots = slots_of_axis(p), count = slots_of_window(p, window), windows = (slots + count - 1) / count;
+  Backward x = take(arena, p, {0, count}, left);
+  const Carried carried(arena, p, windows);
+  clear_left(p, left, queue);
+
+  const auto run_forward = [&](int64_t i, bool save) {
+    x.window.begin = i * count;
+    prepare(p, x.window, x.prepared, left, queue);
+    Scan scan{p, x.window, x.prepared, left, carried.before(i)};
+    if (save) {
+      scan.S = x.S;
+      scan.E = x.E;
+    } else {
+      scan.after = carried.after(i);
+    }
+    run_scan<false>(scan, queue);
+  };
+  for (int64_t i = 0; i + 1 < windows; ++i) run_forward(i, false);
+  for (int64_t i = windows - 1; i >= 0; --i) {
+    run_forward(i, true);
+    x.before = carried.before(i);
+    x.after = carried.after(i);
+    run_reverse_scan(x, queue);
+    run_gradients(x, queue);
+  }
+
+  const int64_t bundle = std::lcm(std::lcm(p.q.group, p.k.group), p.v.group);
+  if (bundle > 1)
+    queue.run("chunk flags", leave_bundles, {static_cast<unsigned>(p.N * (p.H / bundle))}, kWarpSize, 0, left, bundle);
+}
+
+}  // namespace fwp::cuda::chunk
