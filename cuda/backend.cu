@@ -30,6 +30,8 @@ Outcome guarded(const Body& body) {
 
 // ---- memory that kernels may touch, for the emulator ----
 
+bool packed(const Problem& p) { return p.cu_seqlens != nullptr || p.device_cu_seqlens.data != nullptr; }
+
 struct Extent {
   int64_t below = 0, above = 0;  // in numbers, from the first one
   bool empty = false;
@@ -46,7 +48,7 @@ struct Extent {
 
 void add(std::vector<Memory>& memory, const Problem& p, const Rows& rows, int64_t width, bool writable) {
   Extent extent;
-  extent.axis(p.cu_seqlens != nullptr || p.device_cu_seqlens.data != nullptr ? 1 : p.N, rows.b);
+  extent.axis(packed(p) ? 1 : p.N, rows.b);
   extent.axis(p.T, rows.t);
   extent.axis(p.H / std::max<int64_t>(rows.group, 1), rows.h);
   extent.axis(width, 1);
@@ -119,7 +121,7 @@ void place_integers(Problem& p, int64_t* integers, Queue& queue) {
     queue.run("check_offsets", check_offsets, {1}, kThreads, kShared, p.device_cu_seqlens, p.N, p.T, integers, fault);
   else if (p.cu_seqlens != nullptr)
     put(p.cu_seqlens, p.N + 1, integers, queue);
-  if (p.device_cu_seqlens.data != nullptr || p.cu_seqlens != nullptr) p.cu_seqlens = integers;
+  if (packed(p)) p.cu_seqlens = integers;
 
   if (p.device_state_indices.data != nullptr)
     queue.run("check_slots", check_slots, {1}, kThreads, kShared, p.device_state_indices, p.N, p.slots, integers,
@@ -144,18 +146,13 @@ void report_faults(int device) {
 
 // ---- plans: where things lie in a workspace, functions of the problem alone ----
 
-bool has_integers(const Problem& p) {
-  return p.cu_seqlens != nullptr || p.device_cu_seqlens.data != nullptr || p.state_indices != nullptr ||
-         p.device_state_indices.data != nullptr;
-}
-
 // Rows [B,T,heads,K] of the accumulation type, with the heads that `of` has.
 struct Mapped {
   Rows rows;
   features::Shape shape;
 
   Mapped(const Problem& p, const Rows& of, Arena& arena) {
-    shape = {p.cu_seqlens != nullptr || p.device_cu_seqlens.data != nullptr ? 1 : p.N, p.T, p.H / of.group};
+    shape = {packed(p) ? 1 : p.N, p.T, p.H / of.group};
     rows.dtype = accumulation(p.dtype);
     rows.h = p.K;
     rows.t = shape.heads * p.K;
@@ -172,7 +169,8 @@ struct Plan {
   int64_t* integers;
 
   Plan(const Problem& p, void* workspace) : inner(p), arena(workspace) {
-    integers = arena.take<int64_t>(has_integers(p) ? p.N + 1 : 0);
+    // A step may have slots, which are not looked at before its memory is known.
+    integers = arena.take<int64_t>(packed(p) || p.step ? p.N + 1 : 0);
   }
   // The problem of the scan itself: keys and queries are rows that the features have made.
   void map(const Problem& p, Queue* queue) {
@@ -208,9 +206,10 @@ void plan_forward(const Problem& p, Plan& plan, Queue* queue) {
   if (queue != nullptr) place_integers(plan.inner, plan.integers, *queue);
   plan.map(p, queue);
   if (!p.step)
-    scan(plan, chunk::forward_workspace, chunk::forward, recurrent::forward_workspace, recurrent::forward, queue);
-  else if (queue != nullptr)
-    recurrent::step(plan.inner, *queue);
+    return scan(plan, chunk::forward_workspace, chunk::forward, recurrent::forward_workspace, recurrent::forward,
+                queue);
+  void* const rest = plan.arena.take<char>(static_cast<int64_t>(recurrent::step_workspace(plan.inner)));
+  if (queue != nullptr) recurrent::step(plan.inner, rest, *queue);
 }
 
 void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
@@ -227,8 +226,7 @@ void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
   for (const auto& [to, of] : {std::pair{&Problem::dq, &Problem::q}, std::pair{&Problem::dk, &Problem::k}}) {
     const Rows& d = p.*to;
     if (d.data == nullptr) continue;
-    const features::Shape shape{p.cu_seqlens != nullptr || p.device_cu_seqlens.data != nullptr ? 1 : p.N, p.T,
-                                p.H / (p.*of).group};
+    const features::Shape shape{packed(p) ? 1 : p.N, p.T, p.H / (p.*of).group};
     features::backward(p.features, shape, plan.inner.*to, p.*of, d, *queue);
   }
 }
@@ -307,6 +305,18 @@ void deallocate(int device, void* memory, void* stream) {
     device_free(device, memory, stream);
   });
 }
+Outcome copy(int device, void* to, const void* from, size_t bytes, void* stream) {
+  return guarded([&] {
+    const UseDevice use(device);
+    device_copy(to, from, bytes, stream);
+  });
+}
+Outcome wait(int device, void* from, void* to) {
+  return guarded([&] {
+    const UseDevice use(device);
+    device_wait(from, to);
+  });
+}
 
 }  // namespace
 }  // namespace fwp::cuda
@@ -327,6 +337,8 @@ extern "C" __attribute__((visibility("default"))) const fwp::Backend* fwp_cuda_b
                                   [] { return static_cast<const char*>(fwp::cuda::error_of_thread); },
                                   fwp::cuda::allocate,
                                   fwp::cuda::deallocate,
+                                  fwp::cuda::copy,
+                                  fwp::cuda::wait,
                                   fwp::cuda::device_trim};
   return &table;
 }

@@ -1,4 +1,5 @@
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "device.hpp"
@@ -94,6 +95,20 @@ void device_trim() {
     if (device.pool != nullptr) cudaMemPoolTrimTo(device.pool, 0);
 }
 
+void device_copy(void* to, const void* from, size_t bytes, void* stream) {
+  check("cudaMemcpyAsync", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)));
+}
+
+void device_wait(void* from, void* to) {
+  cudaEvent_t reached = nullptr;
+  check("cudaEventCreate", cudaEventCreateWithFlags(&reached, cudaEventDisableTiming));
+  const cudaError_t recorded = cudaEventRecord(reached, static_cast<cudaStream_t>(from));
+  const cudaError_t status =
+      recorded == cudaSuccess ? cudaStreamWaitEvent(static_cast<cudaStream_t>(to), reached, 0) : recorded;
+  cudaEventDestroy(reached);  // when it has been reached
+  check("cudaStreamWaitEvent", status);
+}
+
 int32_t* fault_word(int device) { return device_of(device).fault; }
 
 #else
@@ -111,6 +126,8 @@ void* device_allocate(int, size_t bytes, void*) {
 }
 void device_free(int, void* memory, void*) { std::free(memory); }
 void device_trim() {}
+void device_copy(void* to, const void* from, size_t bytes, void*) { std::memcpy(to, from, bytes); }
+void device_wait(void*, void*) {}
 
 int32_t* fault_word(int) {
   static int32_t word = 0;

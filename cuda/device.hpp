@@ -28,6 +28,9 @@ class UseDevice {
 void* device_allocate(int device, size_t bytes, void* stream);
 void device_free(int device, void* memory, void* stream);
 void device_trim();
+// Throw Error.
+void device_copy(void* to, const void* from, size_t bytes, void* stream);
+void device_wait(void* from, void* to);
 
 // Zero until a kernel writes to it. Host memory that the device writes to: reading it waits for nothing.
 int32_t* fault_word(int device);

@@ -27,6 +27,20 @@ struct Memory {
   bool writable;
 };
 
+// Shared memory that one block of threads can have on a device.
+#ifdef __CUDACC__
+inline size_t most_shared_bytes(int device) {
+  int bytes = 0;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess)
+    return static_cast<size_t>(bytes);
+  cudaGetLastError();
+  return 48 << 10;  // every device has that
+}
+#else
+inline size_t emulated_shared_bytes = 227 << 10;  // tests may take less
+inline size_t most_shared_bytes(int /*device*/) { return emulated_shared_bytes; }
+#endif
+
 class Queue {
  public:
   explicit Queue(void* stream, std::vector<Memory> memory) : stream_(stream), memory_(std::move(memory)) {}

@@ -4,11 +4,6 @@
 #include "primitives/primitives.cuh"
 
 #define FWP_HD FWP_DEVICE
-#ifdef __CUDACC__
-#define FWP_UNROLL _Pragma("unroll")
-#else
-#define FWP_UNROLL _Pragma("GCC unroll 32")
-#endif
 
 #include "../cpp/rules/block.hpp"
 #include "../cpp/rules/decay.hpp"

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "abstract.hpp"
+#include "bind.hpp"
 #include "errors.hpp"
 #include "exports.hpp"
 #include "numpy.hpp"
@@ -54,6 +55,20 @@ bool is_integer(DLDataType dtype) { return dtype.lanes == 1 && (dtype.code == kD
 // Integers that fwp.h reads as they are.
 bool is_index(DLDataType dtype) { return dtype.code == kDLInt && (dtype.bits == 32 || dtype.bits == 64); }
 
+bool is_cuda(DLDevice device) {
+  const int type = device.device_type;
+  return type == dlpack::kCUDA || type == dlpack::kCUDAManaged;
+}
+
+// The CPU or a CUDA device, whichever kind of its memory it is.
+DLDevice usable(const char* name, DLDevice device) {
+  if (is_cuda(device)) return {kDLCUDA, device.device_id};
+  const int type = device.device_type;
+  if (type == dlpack::kCPU || type == dlpack::kCUDAHost) return kHost;
+  raise(FWP_DEVICE_ERROR, std::string(name) + ": expected memory of the CPU or of a CUDA device, got " +
+                              device_name(type, device.device_id));
+}
+
 }  // namespace
 
 void Array::read(const char* name, py::handle object, const Array* like) {
@@ -63,7 +78,7 @@ void Array::read(const char* name, py::handle object, const Array* like) {
   } else if (abstract_array(object) != nullptr) {
     read_abstract(name, object);
   } else {
-    read_foreign(name, object, false);
+    read_foreign(name, object, false, like);
     check_float();
   }
   if (like != nullptr) check_framework(*like);
@@ -77,7 +92,7 @@ void Array::write(const char* name, py::handle object, const Array* like) {
     read_abstract(name, object);
     writable_ = true;
   } else {
-    read_foreign(name, object, true);
+    read_foreign(name, object, true, like);
     check_float();
   }
   check_framework(*like);
@@ -96,7 +111,7 @@ void Array::write_optional(const char* name, py::handle object, const Array* lik
   if (!object.is_none()) write(name, object, like);
 }
 
-void Array::read_integers(const char* name, py::handle object) {
+void Array::read_integers(const char* name, py::handle object, const Array* like) {
   if (object.is_none()) return;
   py::object items = py::reinterpret_borrow<py::object>(object);
   if (numpy::is_array(object)) {
@@ -110,10 +125,13 @@ void Array::read_integers(const char* name, py::handle object) {
     }
     items = items.attr("tolist")();
   } else if (speaks_dlpack(object)) {
-    read_foreign(name, object, false);
+    read_foreign(name, object, false, like);
     if (!is_integer(tensor_.dtype))
       raise(FWP_DTYPE_ERROR, std::string(name) + ": expected integers, got dtype " + dtype_name(tensor_.dtype));
     if (is_index(tensor_.dtype)) return;
+    if (on_device())
+      raise(FWP_DTYPE_ERROR,
+            std::string(name) + ": expected int32 or int64 on a device, got " + dtype_name(tensor_.dtype));
     items = numpy::over(tensor_, py::handle(), false).attr("tolist")();
   }
   if (PySequence_Check(items.ptr()) == 0 || PyUnicode_Check(items.ptr()) || PyBytes_Check(items.ptr()) ||
@@ -134,13 +152,14 @@ void Array::make(const Array& like, int rank, const int64_t* shape, DLDataType d
     const py::object made = numpy::make(rank, shape, dtype);
     view_numpy("", made, dtype);
   } else if (kind_ == Kind::kExchange) {
-    read_foreign("", allocate(*like.exchange_, rank, shape, dtype), false);
+    read_foreign("", allocate(*like.exchange_, like.tensor_.device, rank, shape, dtype), false, &like);
   } else if (kind_ == Kind::kAbstract) {
     read_abstract("", make_abstract(rank, shape, dtype));
   } else {
     extra().taker = like.object_;
-    object_ = py::cast(OwnArray(rank, shape, dtype));
+    object_ = py::cast(OwnArray(like.tensor_.device, like.stream_, rank, shape, dtype));
     view(object_.cast<OwnArray&>().tensor());
+    stream_ = like.stream_;
   }
 }
 
@@ -153,7 +172,18 @@ py::object Array::object() const {
   return extra_ != nullptr && extra_->taker ? hand_over(object_, extra_->taker) : object_;
 }
 
-py::object Array::numpy() const { return numpy::copy(numpy::over(tensor_, py::handle(), false)); }
+py::object Array::numpy() {
+  if (!on_device()) return numpy::copy(numpy::over(tensor_, py::handle(), false));
+  if (!compact()) use_copy();
+  const py::array made = numpy::empty(tensor_);
+  const auto bytes = static_cast<size_t>(made.nbytes());
+  void* const to = const_cast<void*>(made.data());
+  check(
+      without_gil([&] { return fwp_device_copy(tensor_.device.device_id, to, tensor_.data, bytes, stream_.handle); }));
+  return made;
+}
+
+py::object Array::kept() { return on_device() ? copy_of(name_, object_) : numpy(); }
 
 bool Array::make_contiguous() {
   if (!present() || tensor_.ndim == 0 || shape_[tensor_.ndim - 1] <= 1 || strides_[tensor_.ndim - 1] == 1) return false;
@@ -162,7 +192,11 @@ bool Array::make_contiguous() {
 }
 
 void Array::copy_back() {
-  if (writable_ && extra_ != nullptr && extra_->original) numpy::copy_into(extra_->original, extra_->copy);
+  if (!writable_ || extra_ == nullptr || !extra_->original) return;
+  if (on_device())
+    extra_->original[py::ellipsis()] = extra_->copy;
+  else
+    numpy::copy_into(extra_->original, extra_->copy);
 }
 
 void Array::make_rows() {
@@ -194,18 +228,29 @@ Array::Extra& Array::extra() {
   return *extra_;
 }
 
-void Array::read_foreign(const char* name, py::handle object, bool to_write) {
+void Array::read_foreign(const char* name, py::handle object, bool to_write, const Array* like) {
   name_ = name;
   object_ = py::reinterpret_borrow<py::object>(object);
   exchange_ = exchange_api(object);
   if (exchange_ == nullptr && !speaks_dlpack(object))
     raise(FWP_DTYPE_ERROR, std::string(name) + ": expected an array, got " + type_name(object));
   kind_ = exchange_ != nullptr ? Kind::kExchange : Kind::kDlpack;
-  if (exchange_ != nullptr && exchange_->borrow_from_object != nullptr && !to_write)
-    return view(borrow(name, *exchange_, object));
+  if (exchange_ != nullptr && exchange_->borrow_from_object != nullptr && !to_write) {
+    view(borrow(name, *exchange_, object));
+    return follow(like);
+  }
   Managed& managed = extra().managed;
-  managed = exchange_ != nullptr ? take(name, *exchange_, object) : take(name, object);
-  view(managed.tensor());
+  if (exchange_ != nullptr) {
+    managed = take(name, *exchange_, object);
+    view(managed.tensor());
+    follow(like);
+  } else {
+    const DLDevice device = device_of(name, object);
+    const bool near = like != nullptr && like->on_device() && like->tensor_.device.device_id == device.device_id;
+    if (is_cuda(device)) stream_ = near ? like->stream_ : work_stream(object);
+    managed = take(name, object, is_cuda(device) ? &stream_ : nullptr);
+    view(managed.tensor());
+  }
   writable_ = !managed.legacy() && (managed.flags() & dlpack::kReadOnly) == 0;
   if (to_write && (managed.flags() & dlpack::kIsCopied) != 0)
     raise(FWP_ARGUMENT_ERROR,
@@ -254,10 +299,7 @@ void Array::view_numpy(const char* name, py::handle object, DLDataType dtype) {
 }
 
 void Array::view(const DLTensor& tensor) {
-  const int device = static_cast<int>(tensor.device.device_type);
-  if (device != dlpack::kCPU && device != dlpack::kCUDAHost)
-    raise(FWP_DEVICE_ERROR, std::string(name_) + ": expected memory of the CPU, since this build has no CUDA, got " +
-                                device_name(device, tensor.device.device_id));
+  const DLDevice device = usable(name_, tensor.device);
   if (tensor.ndim < 0 || tensor.ndim > kMaxRank)
     raise(FWP_SHAPE_ERROR, std::string(name_) + ": expected at most 64 axes, got " + std::to_string(tensor.ndim));
   if (tensor.ndim > 0 && tensor.shape == nullptr)
@@ -277,10 +319,42 @@ void Array::view(const DLTensor& tensor) {
     raise(FWP_ARGUMENT_ERROR,
           std::string(name_) + ": expected a tensor with memory, got one without, as fake ones are");
   void* const data = empty ? nowhere : static_cast<char*>(tensor.data) + tensor.byte_offset;
-  tensor_ = {data, {kDLCPU, 0}, tensor.ndim, tensor.dtype, shape_, strides_, 0};
+  tensor_ = {data, device, tensor.ndim, tensor.dtype, shape_, strides_, 0};
+}
+
+// The stream that the contents are ready on, of an array by the exchange API; that of `like` waits for it.
+void Array::follow(const Array* like) {
+  if (!on_device()) return;
+  const bool near = like != nullptr && is_same(like->tensor_.device, tensor_.device);
+  if (near && like->exchange_ == exchange_) {
+    stream_ = like->stream_;
+    return;
+  }
+  stream_ = work_stream(name_, *exchange_, tensor_.device);
+  if (near) check(fwp_device_wait(tensor_.device.device_id, stream_.handle, like->stream_.handle));
+}
+
+bool Array::compact() const {
+  int64_t stride = 1;
+  for (int i = tensor_.ndim; i-- > 0; stride *= shape_[i])
+    if (shape_[i] > 1 && strides_[i] != stride) return false;
+  return true;
 }
 
 void Array::use_copy() {
+  if (on_device()) {
+    extra().original = object_;
+    extra().copy = copy_of(name_, object_);
+    extra().copied = std::make_unique<Array>();
+    Array& copied = *extra().copied;
+    copied.read_foreign(name_, extra().copy, false, this);
+    if (!copied.compact() || !std::equal(shape_, shape_ + tensor_.ndim, copied.shape_))
+      raise(FWP_UNSUPPORTED_ERROR, std::string(name_) + ": expected a contiguous last axis, got a strided one, which " +
+                                       qualified_type_name(object_) + " copies as it is");
+    std::copy(copied.strides_, copied.strides_ + tensor_.ndim, strides_);
+    tensor_.data = copied.tensor_.data;
+    return;
+  }
   extra().original = numpy::over(tensor_, py::handle(), true);
   extra().copy = numpy::copy(extra().original);
   const auto& array = numpy::fields(extra().copy);

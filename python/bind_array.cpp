@@ -18,6 +18,39 @@
 namespace py = pybind11;
 
 namespace fwp::python {
+
+// Given back without Python, from any thread, at any time; that of a device in the order of its stream, whose owner it
+// keeps.
+struct Block {
+  const DLDevice device;
+  void* const stream;
+  void* const data;
+  PyObject* const owner;
+
+  Block(DLDevice device_, void* stream_, py::handle owner_, size_t bytes)
+      : device(device_), stream(stream_), data(allocate(device_, stream_, bytes)), owner(owner_.inc_ref().ptr()) {}
+  ~Block() {
+    if (is_host(device))
+      fwp_free(data);
+    else
+      fwp_device_free(device.device_id, data, stream);
+    if (owner == nullptr || Py_IsInitialized() == 0) return;
+    const PyGILState_STATE gil = PyGILState_Ensure();
+    Py_DECREF(owner);
+    PyGILState_Release(gil);
+  }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+ private:
+  static void* allocate(DLDevice device, void* stream, size_t bytes) {
+    bytes = std::max<size_t>(bytes, 1);
+    void* const memory = is_host(device) ? fwp_allocate(bytes) : fwp_device_allocate(device.device_id, bytes, stream);
+    if (memory == nullptr) raise(FWP_OUT_OF_MEMORY, fwp_last_error());
+    return memory;
+  }
+};
+
 namespace {
 
 std::atomic<int64_t> exported{0};
@@ -29,12 +62,10 @@ int64_t count(const std::vector<int64_t>& shape) {
   return elements;
 }
 
-std::shared_ptr<void> allocate_bytes(int64_t elements, DLDataType dtype) {
+size_t bytes_of(const std::vector<int64_t>& shape, DLDataType dtype) {
   int64_t bytes = 0;
-  if (__builtin_mul_overflow(elements, dtype.bits / 8, &bytes)) throw std::bad_alloc();
-  void* const memory = fwp_allocate(static_cast<size_t>(std::max<int64_t>(bytes, 1)));
-  if (memory == nullptr) throw std::bad_alloc();
-  return {memory, fwp_free};
+  if (__builtin_mul_overflow(count(shape), dtype.bits / 8, &bytes)) throw std::bad_alloc();
+  return static_cast<size_t>(bytes);
 }
 
 // What the consumer of an exported tensor holds. It is given back without Python, from any thread, at any time.
@@ -88,21 +119,50 @@ bool wants_versioned(py::handle max_version) {
 
 bool wants_copy(py::handle copy) { return !copy.is_none() && argument<bool>("copy", "None, True or False", copy); }
 
+// "cpu" or "cuda:0".
+std::string place(const OwnArray& array) {
+  const DLDevice device = array.device();
+  return is_host(device) ? "cpu" : device_name(device.device_type, device.device_id);
+}
+
+// What the consumer puts on its stream from now on finds the contents; -1: it sees to that itself.
+void make_wait(const OwnArray& array, py::handle consumer) {
+  constexpr int64_t kNoWait = -1, kAmbiguous = 0;
+  if (is_host(array.device())) {
+    if (!consumer.is_none() && argument<int64_t>("stream", "None", consumer) != kNoWait)
+      raise(FWP_DEVICE_ERROR, "stream: expected None for memory of the CPU, got " + std::string(py::str(consumer)));
+    return;
+  }
+  const int64_t stream = consumer.is_none() ? 1 : argument<int64_t>("stream", "None or an integer", consumer);
+  if (stream == kAmbiguous || stream < kNoWait)
+    raise(FWP_ARGUMENT_ERROR,
+          "stream: expected None, -1, 1, 2 or the address of a CUDA stream, got " + std::string(py::str(consumer)));
+  if (stream != kNoWait)
+    check(fwp_device_wait(array.device().device_id, array.stream(), reinterpret_cast<void*>(stream)));
+}
+
 py::capsule to_dlpack(const OwnArray& array, py::handle stream, py::handle max_version, py::handle dl_device,
                       py::handle copy) {
-  if (!stream.is_none() && argument<int64_t>("stream", "None", stream) != -1)
-    raise(FWP_DEVICE_ERROR, "stream: expected None for memory of the CPU, got " + std::string(py::str(stream)));
+  const DLDevice device = array.device();
   if (!dl_device.is_none()) {
     const auto [type, id] = argument<std::pair<int, int>>("dl_device", "two integers", dl_device);
-    if (type != dlpack::kCPU || id != 0)
-      raise(FWP_DEVICE_ERROR, "dl_device: expected the CPU, (1, 0), got " + device_name(type, id));
+    if (type != device.device_type || id != device.device_id)
+      raise(FWP_DEVICE_ERROR, "dl_device: expected " +
+                                  (is_host(device) ? "the CPU, (1, 0)"
+                                                   : place(array) + ", (2, " + std::to_string(device.device_id) + ")") +
+                                  ", got " + device_name(type, id));
   }
   const bool copied = wants_copy(copy);
   const OwnArray exported_array = copied ? array.copy() : array;
+  make_wait(array, stream);
   return wants_versioned(max_version) ? exported_array.export_versioned(copied) : exported_array.export_legacy();
 }
 
 py::object to_numpy(py::object self, py::handle dtype, py::handle copy) {
+  const auto& array = self.cast<OwnArray&>();
+  if (!is_host(array.device()))
+    raise(FWP_DEVICE_ERROR, "array: expected memory of the CPU, which is what NumPy reads, got memory of " +
+                                place(array) + "; hand it to the from_dlpack of a framework");
   const DLTensor tensor = self.cast<OwnArray&>().tensor();
   py::object view = numpy::over(tensor, self, false);
   const bool cast =
@@ -120,19 +180,27 @@ py::object to_numpy(py::object self, py::handle dtype, py::handle copy) {
 
 }  // namespace
 
-OwnArray::OwnArray(int rank, const int64_t* shape, DLDataType dtype)
+OwnArray::OwnArray(DLDevice device, const Stream& stream, int rank, const int64_t* shape, DLDataType dtype)
     : shape_(shape, shape + rank), strides_(shape_.size(), 1), dtype_(dtype) {
-  memory_ = allocate_bytes(count(shape_), dtype);
+  memory_ = std::make_shared<Block>(device, stream.handle, stream.owner, bytes_of(shape_, dtype));
   for (size_t i = shape_.size(); i-- > 1;) strides_[i - 1] = strides_[i] * std::max<int64_t>(shape_[i], 1);
 }
 
+DLDevice OwnArray::device() const { return memory_->device; }
+void* OwnArray::stream() const { return memory_->stream; }
+
 DLTensor OwnArray::tensor() {
-  return {memory_.get(), {kDLCPU, 0}, static_cast<int32_t>(shape_.size()), dtype_, shape_.data(), strides_.data(), 0};
+  return {memory_->data, device(), static_cast<int32_t>(shape_.size()), dtype_, shape_.data(), strides_.data(), 0};
 }
 
 OwnArray OwnArray::copy() const {
-  OwnArray made(static_cast<int>(shape_.size()), shape_.data(), dtype_);
-  std::memcpy(made.memory_.get(), memory_.get(), static_cast<size_t>(count(shape_) * (dtype_.bits / 8)));
+  const size_t bytes = bytes_of(shape_, dtype_);
+  OwnArray made = *this;
+  made.memory_ = std::make_shared<Block>(device(), stream(), memory_->owner, bytes);
+  if (is_host(device()))
+    std::memcpy(made.memory_->data, memory_->data, bytes);
+  else
+    check(fwp_device_copy(device().device_id, made.memory_->data, memory_->data, bytes, stream()));
   return made;
 }
 
@@ -150,27 +218,34 @@ py::capsule OwnArray::export_legacy() const {
 int64_t exported_tensors() { return exported; }
 
 py::object hand_over(py::handle own, py::handle taker) {
-  if (!py::hasattr(taker, "__array_namespace__")) return py::reinterpret_borrow<py::object>(own);
-  return taker.attr("__array_namespace__")().attr("from_dlpack")(own);
+  const py::object space = namespace_of(taker);
+  if (!py::hasattr(space, "from_dlpack")) return py::reinterpret_borrow<py::object>(own);
+  return space.attr("from_dlpack")(own);
 }
 
 void bind_array(py::module_& m) {
   py::class_<OwnArray>(
       m, "Array",
       "A result for a framework that cannot be asked to take it over.\n\n"
-      "Hand it to that framework's from_dlpack, or to numpy.asarray; the memory is shared, not copied.")
+      "Hand it to that framework's from_dlpack, or to numpy.asarray; the memory is shared, not copied.\n"
+      "Memory of a CUDA device is for from_dlpack only, whose stream is made to wait for the contents.")
       .def_property_readonly("shape", [](const OwnArray& self) { return py::tuple(py::cast(self.shape())); })
       .def_property_readonly("ndim", [](const OwnArray& self) { return self.shape().size(); })
       .def_property_readonly("dtype", [](OwnArray& self) { return dtype_name(self.tensor().dtype); })
+      .def_property_readonly("device", [](const OwnArray& self) { return place(self); })
       .def("__dlpack__", &to_dlpack, py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
            py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
-      .def("__dlpack_device__", [](const OwnArray&) { return py::make_tuple(dlpack::kCPU + 0, 0); })
+      .def("__dlpack_device__",
+           [](const OwnArray& self) {
+             return py::make_tuple(static_cast<int>(self.device().device_type), self.device().device_id);
+           })
       .def("__array__", &to_numpy, py::arg("dtype") = py::none(), py::arg("copy") = py::none())
       .def("__copy__", [](const OwnArray& self) { return self; })
       .def("__deepcopy__", [](const OwnArray& self, py::handle) { return self.copy(); })
       .def("__repr__", [](OwnArray& self) {
         return "fwp_core.Array(" + dtype_name(self.tensor().dtype) + " " +
-               std::string(py::str(py::tuple(py::cast(self.shape())))) + ")";
+               std::string(py::str(py::tuple(py::cast(self.shape())))) +
+               (is_host(self.device()) ? "" : " " + place(self)) + ")";
       });
   m.def("live_tensors", &live_tensors);
   // Copies, as arrays of NumPy.
@@ -183,6 +258,12 @@ void bind_array(py::module_& m) {
     Array array;
     array.read_integers(PyUnicode_AsUTF8(name.ptr()), object);
     return array.numpy();
+  });
+  // What a later change of the caller's array does not touch: a copy that is made without waiting.
+  m.def("kept_integers", [](py::handle name, py::handle object) {
+    Array array;
+    array.read_integers(PyUnicode_AsUTF8(name.ptr()), object);
+    return array.kept();
   });
 }
 

@@ -50,14 +50,14 @@ std::string text(const std::vector<int64_t>& shape) { return py::str(py::tuple(p
 
 FeatureMap::FeatureMap(int kind, int nu, double eps, py::handle projection) : map_ FWP_FEATURE_MAP_INIT {
   // A view of its own, so that nobody can take the memory away (ndarray.resize), of a strided last axis a copy. Arrays
-  // of others, who can take memory away from any view, are copied.
+  // of others, who can take memory away from any view, are copied, where they are.
   Array given;
   given.read_optional("projection", projection);
   if (given.abstract()) {
     projection_.read("projection", projection);
   } else if (given.present()) {
     const bool in_place = numpy::is_array(projection) && !given.make_contiguous();
-    projection_.read("projection", in_place ? projection[py::ellipsis()] : given.numpy());
+    projection_.read("projection", in_place ? projection[py::ellipsis()] : given.kept());
   }
   map_.kind = kind;
   map_.nu = nu;
@@ -81,7 +81,7 @@ py::object FeatureMap::forward(py::handle object) const {
   const Rows x("x", object);
   check_memory(x);
   const Rows y(x, size(x.row_size()));
-  check_scan(without_gil([&] { return fwp_feature_map_fwd(&map_, x.tensor(), y.tensor(), nullptr); }));
+  check_scan(without_gil([&] { return fwp_feature_map_fwd(&map_, x.tensor(), y.tensor(), x.stream()); }));
   return y.object();
 }
 
@@ -91,7 +91,7 @@ py::object FeatureMap::backward(py::handle d_y, py::handle object) const {
   const std::vector<int64_t> expected = x.with_last(size(x.row_size()));
   if (dy.whole != expected) raise(FWP_SHAPE_ERROR, "dy: expected shape " + text(expected) + ", got " + text(dy.whole));
   const Rows dx(x, x.row_size());
-  check_scan(without_gil([&] { return fwp_feature_map_bwd(&map_, dy.tensor(), x.tensor(), dx.tensor(), nullptr); }));
+  check_scan(without_gil([&] { return fwp_feature_map_bwd(&map_, dy.tensor(), x.tensor(), dx.tensor(), x.stream()); }));
   return dx.object();
 }
 

@@ -23,13 +23,28 @@ struct Rule {
   decltype(&fwp_delta_fwd) fwd;
   decltype(&fwp_delta_bwd) bwd;
   decltype(&fwp_delta_step) step;
-  decltype(&fwp_delta_step_workspace) step_workspace;
   decltype(&fwp_delta_diagnose) diagnose;
+  decltype(&fwp_delta_fwd_workspace) fwd_workspace, bwd_workspace, step_workspace, diagnose_workspace;
 };
 
-constexpr Rule kLinear{
-    false, fwp_linear_fwd, fwp_linear_bwd, fwp_linear_step, fwp_linear_step_workspace, fwp_linear_diagnose};
-constexpr Rule kDelta{true, fwp_delta_fwd, fwp_delta_bwd, fwp_delta_step, fwp_delta_step_workspace, fwp_delta_diagnose};
+constexpr Rule kLinear{false,
+                       fwp_linear_fwd,
+                       fwp_linear_bwd,
+                       fwp_linear_step,
+                       fwp_linear_diagnose,
+                       fwp_linear_fwd_workspace,
+                       fwp_linear_bwd_workspace,
+                       fwp_linear_step_workspace,
+                       fwp_linear_diagnose_workspace};
+constexpr Rule kDelta{true,
+                      fwp_delta_fwd,
+                      fwp_delta_bwd,
+                      fwp_delta_step,
+                      fwp_delta_diagnose,
+                      fwp_delta_fwd_workspace,
+                      fwp_delta_bwd_workspace,
+                      fwp_delta_step_workspace,
+                      fwp_delta_diagnose_workspace};
 
 // The arrays that every call reads.
 struct Inputs {
@@ -59,6 +74,31 @@ struct Inputs {
   int64_t sequences() const { return cu_seqlens.present() ? cu_seqlens.size(0) - 1 : v.size(0); }
 
   std::array<Array*, 8> arrays() { return {&q, &k, &v, &beta, &g, &h0, &cu_seqlens, &state_indices}; }
+};
+
+// Memory for the work of a call on a device, of the caller's framework where that can be asked for it; else none, and
+// the library has its own.
+class Workspace {
+ public:
+  Workspace(decltype(Rule::fwd_workspace) query, const fwp_options& options, const Inputs& in) {
+    if (!in.q.allocates()) return;
+    const fwp_inputs inputs = in.tensors();
+    check_scan(query(&options, &inputs, &bytes_));
+    if (bytes_ != 0) memory_.make(in.q, {static_cast<int64_t>(bytes_ + kAlignment)}, {kDLUInt, 8, 1});
+  }
+
+  void* data() const {
+    if (!memory_.present()) return nullptr;
+    const auto address = reinterpret_cast<uintptr_t>(memory_.tensor()->data);
+    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  static constexpr size_t kAlignment = 64;  // that fwp.h wants; frameworks promise none
+
+  Array memory_;
+  size_t bytes_ = 0;
 };
 
 double number(const char* name, py::handle object) {
@@ -166,7 +206,7 @@ py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py:
                   bool with_checkpoints) {
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state, &in.q);
-  in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
+  in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens, &in.q);
   const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
 
   const int64_t elements = check_inputs(in, options);
@@ -181,10 +221,11 @@ py::tuple forward(py::handle q, py::handle k, py::handle v, py::handle beta, py:
     final_state.make(in.q, {in.sequences(), in.heads(), state.K, state.columns}, state_dtype);
   }
   if (with_checkpoints) checkpoints.make(in.q, {elements}, state_dtype);
+  const Workspace workspace(rule.fwd_workspace, options, in);
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
     const fwp_outputs outputs{sizeof outputs, o.tensor(), final_state.tensor(), checkpoints.tensor()};
-    return rule.fwd(&options, &inputs, &outputs, nullptr, 0, nullptr);
+    return rule.fwd(&options, &inputs, &outputs, workspace.data(), workspace.bytes(), in.q.stream());
   };
   run(call, in, {&o, &final_state});
   return py::make_tuple(o.object(), final_state.object(), checkpoints.object());
@@ -197,14 +238,15 @@ py::object diagnose(py::handle q, py::handle k, py::handle v, py::handle beta, p
                     py::handle initial_state, py::handle cu_seqlens) {
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state, &in.q);
-  in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
+  in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens, &in.q);
   const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
   check_inputs(in, options);
   Array probes;
   probes.make(in.q, {in.v.size(0), in.v.size(1), in.heads(), FWP_PROBES}, in.state_dtype());
+  const Workspace workspace(rule.diagnose_workspace, options, in);
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
-    return rule.diagnose(&options, &inputs, probes.tensor(), nullptr, 0, nullptr);
+    return rule.diagnose(&options, &inputs, probes.tensor(), workspace.data(), workspace.bytes(), in.q.stream());
   };
   run(call, in, {&probes});
   return probes.object();
@@ -228,7 +270,7 @@ py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py:
                    py::handle cu_seqlens, py::handle checkpoints) {
   Inputs in(rule, q, k, v, beta, g);
   in.h0.read_optional("initial_state", initial_state, &in.q);
-  in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens);
+  in.cu_seqlens.read_integers("cu_seqlens", cu_seqlens, &in.q);
   const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, true);
   check_inputs(in, options);
 
@@ -244,12 +286,13 @@ py::tuple backward(py::handle d_o, py::handle q, py::handle k, py::handle v, py:
       raise(FWP_ARGUMENT_ERROR, std::string(kGradients[i]) + ": expected None, as its input is, got an array");
     if (of[i]->present() && !d[i].present()) d[i].make(in.q, of[i]->rank(), of[i]->shape(), of[i]->dtype());
   }
+  const Workspace workspace(rule.bwd_workspace, options, in);
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
     const fwp_cotangents cotangents{sizeof cotangents, cotangent.tensor(), final_cotangent.tensor(), kept.tensor()};
     const fwp_gradients gradients{sizeof gradients, d[0].tensor(), d[1].tensor(), d[2].tensor(),
                                   d[3].tensor(),    d[4].tensor(), d[5].tensor()};
-    return rule.bwd(&options, &inputs, &cotangents, &gradients, nullptr, 0, nullptr);
+    return rule.bwd(&options, &inputs, &cotangents, &gradients, workspace.data(), workspace.bytes(), in.q.stream());
   };
   run(call, in, {&cotangent, &final_cotangent, &d[0], &d[1], &d[2], &d[3], &d[4], &d[5]});
   return py::make_tuple(d[0].object(), d[1].object(), d[2].object(), d[3].object(), d[4].object(), d[5].object());
@@ -260,7 +303,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::h
                 py::handle state_indices, py::handle feature_map, py::handle qk_norm, py::handle attention_norm,
                 py::handle eps, py::handle scale, py::handle out) {
   Inputs in(rule, q, k, v, beta, g);
-  in.state_indices.read_integers("state_indices", state_indices);
+  in.state_indices.read_integers("state_indices", state_indices, &in.q);
   const fwp_options options = OptionArgs{feature_map, qk_norm, attention_norm, eps, scale}.read(in, false);
   Array S, o;
   S.write("state", state, &in.q);
@@ -274,9 +317,10 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle beta, py::h
     shape[in.v.rank() - 2] = in.heads();
     o.make(in.q, in.v.rank(), shape, in.v.dtype());
   }
+  const Workspace workspace(rule.step_workspace, options, in);
   const auto call = [&] {
     const fwp_inputs inputs = in.tensors();
-    return rule.step(&options, &inputs, S.tensor(), o.tensor(), nullptr, 0, nullptr);
+    return rule.step(&options, &inputs, S.tensor(), o.tensor(), workspace.data(), workspace.bytes(), in.q.stream());
   };
   run(call, in, {&S, &o});
   return o.object();

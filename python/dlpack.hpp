@@ -17,7 +17,7 @@ constexpr const char* kLegacyUsedName = "used_dltensor";
 constexpr const char* kExchangeName = "dlpack_exchange_api";
 
 // Values of enumerations; fwp.h has those that the library computes with.
-enum : int { kCPU = 1, kCUDAHost = 3 };
+enum : int { kCPU = 1, kCUDA = 2, kCUDAHost = 3, kCUDAManaged = 13 };
 enum : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
 enum : uint64_t { kReadOnly = 1, kIsCopied = 2 };
 

@@ -8,15 +8,21 @@
 #include <vector>
 
 #include "fwp/fwp.h"
+#include "streams.hpp"
 
 namespace fwp::python {
+
+struct Block;  // memory, and where it is
 
 // fwp_core.Array: a compact array in C order whose memory others share. It does no arithmetic.
 class OwnArray {
  public:
-  OwnArray(int rank, const int64_t* shape, DLDataType dtype);
+  // On a device for work on this stream; work on another one waits for that.
+  OwnArray(DLDevice device, const Stream& stream, int rank, const int64_t* shape, DLDataType dtype);
 
   const std::vector<int64_t>& shape() const { return shape_; }
+  DLDevice device() const;
+  void* stream() const;
   DLTensor tensor();  // points into this object
   OwnArray copy() const;
 
@@ -25,7 +31,7 @@ class OwnArray {
   pybind11::capsule export_legacy() const;
 
  private:
-  std::shared_ptr<void> memory_;
+  std::shared_ptr<Block> memory_;
   std::vector<int64_t> shape_, strides_;
   DLDataType dtype_;
 };

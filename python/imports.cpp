@@ -37,17 +37,29 @@ py::object of_type(py::handle object, const char* attribute) {
   return py::reinterpret_steal<py::object>(found);
 }
 
+// The module that an object's type is from, the first part of its name.
+std::string module_name(py::handle object) {
+  const py::object module = of_type(object, "__module__");
+  const std::string name = module && py::isinstance<py::str>(module) ? std::string(py::str(module)) : "";
+  return name.substr(0, name.find('.'));
+}
+
 // The capsule of the newest protocol that the producer knows.
-py::object capsule_of(const char* name, py::handle object) {
+py::object capsule_of(const char* name, py::handle object, const Stream* stream) {
   const py::object method = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object.ptr(), "__dlpack__"));
   if (!method) refused(name, object);
   const py::dict keywords;
+  if (stream != nullptr)
+    keywords["stream"] = reinterpret_cast<uintptr_t>(stream->handle != nullptr ? stream->handle : kDefaultStream);
+  const py::dict keywords_before_version_1 = keywords.attr("copy")();
   keywords["max_version"] = py::make_tuple(dlpack::kMajor, dlpack::kMinor);
-  py::object capsule =
-      py::reinterpret_steal<py::object>(PyObject_Call(method.ptr(), py::tuple().ptr(), keywords.ptr()));
-  if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError) != 0) {  // from before version 1
+  const auto call = [&](const py::dict& given) {
+    return py::reinterpret_steal<py::object>(PyObject_Call(method.ptr(), py::tuple().ptr(), given.ptr()));
+  };
+  py::object capsule = call(keywords);
+  if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError) != 0) {
     PyErr_Clear();
-    capsule = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(method.ptr()));
+    capsule = call(keywords_before_version_1);
   }
   if (!capsule) refused(name, object);
   return capsule;
@@ -103,14 +115,42 @@ const dlpack::ExchangeApi* exchange_api(py::handle object) {
 
 bool has_dlpack(py::handle object) { return static_cast<bool>(of_type(object, "__dlpack__")); }
 
+DLDevice device_of(const char* name, py::handle object) {
+  if (!of_type(object, "__dlpack_device__")) return kHost;
+  try {
+    const auto [type, id] = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
+    return {static_cast<DLDeviceType>(type), id};
+  } catch (const py::cast_error&) {
+    raise(FWP_DTYPE_ERROR, std::string(name) + ": expected two integers from __dlpack_device__ of " +
+                               type_name(object) + ", got something else");
+  } catch (py::error_already_set& error) {
+    error.restore();
+    refused(name, object);
+  }
+}
+
+Stream work_stream(py::handle object) {
+  if (module_name(object) != "cupy") return {kDefaultStream, {}};
+  const py::object stream = py::module_::import("cupy").attr("cuda").attr("get_current_stream")();
+  void* const handle = reinterpret_cast<void*>(stream.attr("ptr").cast<uintptr_t>());
+  return {handle != nullptr ? handle : kDefaultStream, stream};
+}
+
+Stream work_stream(const char* name, const dlpack::ExchangeApi& api, DLDevice device) {
+  Stream stream;
+  if (api.current_work_stream(device.device_type, device.device_id, &stream.handle) == 0) return stream;
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  raise(FWP_UNSUPPORTED_ERROR, std::string(name) + ": expected an array whose framework tells its stream, got none");
+}
+
 Managed take(const char* name, const dlpack::ExchangeApi& api, py::handle object) {
   dlpack::ManagedTensor* tensor = nullptr;
   if (api.managed_from_object(object.ptr(), &tensor) != 0) refused(name, object);
   return checked(name, Managed(tensor));
 }
 
-Managed take(const char* name, py::handle object) {
-  const py::object capsule = capsule_of(name, object);
+Managed take(const char* name, py::handle object, const Stream* stream) {
+  const py::object capsule = capsule_of(name, object, stream);
   if (auto* const tensor = take_over<dlpack::ManagedTensor>(capsule, dlpack::kName, dlpack::kUsedName))
     return checked(name, Managed(tensor));
   if (auto* const tensor = take_over<dlpack::LegacyTensor>(capsule, dlpack::kLegacyName, dlpack::kLegacyUsedName))
@@ -125,8 +165,8 @@ DLTensor borrow(const char* name, const dlpack::ExchangeApi& api, py::handle obj
   return tensor;
 }
 
-py::object allocate(const dlpack::ExchangeApi& api, int rank, const int64_t* shape, DLDataType dtype) {
-  DLTensor prototype{nullptr, {kDLCPU, 0}, rank, dtype, const_cast<int64_t*>(shape), nullptr, 0};
+py::object allocate(const dlpack::ExchangeApi& api, DLDevice device, int rank, const int64_t* shape, DLDataType dtype) {
+  DLTensor prototype{nullptr, device, rank, dtype, const_cast<int64_t*>(shape), nullptr, 0};
   dlpack::ManagedTensor* tensor = nullptr;
   std::string error;
   if (api.allocate(&prototype, &tensor, &error, set_error) != 0) {
@@ -136,6 +176,22 @@ py::object allocate(const dlpack::ExchangeApi& api, int rank, const int64_t* sha
   void* object = nullptr;
   if (api.object_from_managed(tensor, &object) != 0) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+py::object namespace_of(py::handle object) {
+  if (py::hasattr(object, "__array_namespace__")) return object.attr("__array_namespace__")();
+  const py::dict modules = py::module_::import("sys").attr("modules");
+  return modules.attr("get")(module_name(object), py::none());
+}
+
+py::object copy_of(const char* name, py::handle object) {
+  if (py::hasattr(object, "contiguous")) return object.attr("contiguous")().attr("clone")();
+  const py::object space = namespace_of(object);
+  if (py::hasattr(space, "array") && py::hasattr(space, "ascontiguousarray"))
+    return space.attr("array")(object, py::arg("copy") = true, py::arg("order") = "C");
+  if (py::hasattr(space, "asarray")) return space.attr("asarray")(object, py::arg("copy") = true);
+  raise(FWP_UNSUPPORTED_ERROR, std::string(name) + ": expected an array that need not be copied, got one of type " +
+                                   qualified_type_name(object) + ", which has no way to make a copy");
 }
 
 int64_t live_tensors() { return imported + exported_tensors(); }

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "dlpack.hpp"
+#include "streams.hpp"
 
 namespace fwp::python {
 
@@ -40,12 +41,25 @@ class Managed {
 const dlpack::ExchangeApi* exchange_api(pybind11::handle object);
 bool has_dlpack(pybind11::handle object);
 
-// The tensor that the array hands out; where its framework refuses, UnsupportedError with that error as its cause.
+// The device of the array, on the CPU if it does not say, and the stream that its framework puts work on there now:
+// the default one where that cannot be asked for.
+DLDevice device_of(const char* name, pybind11::handle object);
+Stream work_stream(pybind11::handle object);
+Stream work_stream(const char* name, const dlpack::ExchangeApi& api, DLDevice device);
+
+// The tensor that the array hands out; where its framework refuses, UnsupportedError with that error as its cause. Its
+// contents are ready for work on `stream`, null on the CPU; by the exchange API, on the stream of its framework.
 Managed take(const char* name, const dlpack::ExchangeApi& api, pybind11::handle object);
-Managed take(const char* name, pybind11::handle object);
+Managed take(const char* name, pybind11::handle object, const Stream* stream);
 DLTensor borrow(const char* name, const dlpack::ExchangeApi& api, pybind11::handle object);
 // A new array of the framework in C order.
-pybind11::object allocate(const dlpack::ExchangeApi& api, int rank, const int64_t* shape, DLDataType dtype);
+pybind11::object allocate(const dlpack::ExchangeApi& api, DLDevice device, int rank, const int64_t* shape,
+                          DLDataType dtype);
+
+// What the array's framework calls by the array API's names: its namespace, or its module; none if there is none.
+pybind11::object namespace_of(pybind11::handle object);
+// A copy that its framework makes, in C order if it can; UnsupportedError if it has no way.
+pybind11::object copy_of(const char* name, pybind11::handle object);
 
 // Managed tensors of others that calls hold, and of ours that others hold.
 int64_t live_tensors();

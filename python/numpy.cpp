@@ -81,6 +81,10 @@ py::object make(int rank, const int64_t* shape, DLDataType dtype) {
   return array;
 }
 
+py::array empty(const DLTensor& tensor) {
+  return {named(tensor.dtype, false), std::vector<py::ssize_t>(tensor.shape, tensor.shape + tensor.ndim)};
+}
+
 py::object copy(py::handle array) {
   const auto from = py::reinterpret_borrow<py::array>(array);
   const WarmMemory warm(size_in_bytes(static_cast<int>(from.ndim()), reinterpret_cast<const int64_t*>(from.shape()),

@@ -25,7 +25,8 @@ inline bool is_subclass(pybind11::handle object) {
 DLDataType float_dtype(const char* name, pybind11::handle array);
 bool is_writable(pybind11::handle array);
 
-// A new array in C order.
+// A new array in C order; `empty`: of the shape and dtype of a tensor.
+pybind11::array empty(const DLTensor& tensor);
 pybind11::object make(int rank, const int64_t* shape, DLDataType dtype);
 pybind11::object copy(pybind11::handle array);
 void copy_into(pybind11::handle to, pybind11::handle from);

@@ -2,11 +2,13 @@
 //
 // The attribute "operands" has one bit for every Operand that is there, in this order, and "results" likewise; the
 // other attributes are the options. vmap puts axes in front of every buffer: "rank" says how many axes q has without
-// them. Handlers run on XLA's threads, several at once, without Python.
+// them. Handlers run on XLA's threads, several at once, without Python. Those of CUDA put work on the stream of the
+// call, with scratch memory of the runtime's own; nothing there waits for the device.
 #include "xla.hpp"
 
 #include <algorithm>
 #include <cfenv>
+#include <cstddef>
 #include <cstdio>
 #include <cstring>
 #include <iterator>
@@ -83,6 +85,66 @@ DLDataType dtype_of(DataType type) {
   }
 }
 
+// Where the buffers of a frame are, and what the work on them is put on.
+struct Place {
+  DLDevice device{kDLCPU, 0};
+  void* stream = nullptr;
+
+  bool on_device() const { return device.device_type != kDLCPU; }
+
+  // Of a frame of CUDA's; null, or the runtime's error.
+  Error* find(const CallFrame& frame) {
+    if (frame.api->struct_size < offsetof(Api, device_get) + sizeof frame.api->device_get)
+      return failure(frame, ErrorCode::unimplemented,
+                     "DeviceError: expected a jaxlib that tells on which device a call runs, got an older one");
+    StreamGetArgs at{sizeof at, nullptr, frame.context, nullptr};
+    if (Error* const error = frame.api->stream_get(&at)) return error;
+    DeviceGetArgs on{sizeof on, nullptr, frame.context, 0};
+    if (Error* const error = frame.api->device_get(&on)) return error;
+    stream = at.stream;
+    device = {kDLCUDA, on.device};
+    return nullptr;
+  }
+};
+
+// Memory of the runtime's allocator on a device, which knows that the work on the call's stream comes first.
+class Scratch {
+ public:
+  explicit Scratch(const CallFrame& frame) : frame_(frame) {}
+  ~Scratch() {
+    if (memory_ == nullptr) return;
+    MemoryFreeArgs args{sizeof args, nullptr, frame_.context, bytes_ + kAlignment, memory_};
+    if (Error* const error = frame_.api->memory_free(&args)) {
+      ErrorDestroyArgs destroy{sizeof destroy, nullptr, error};
+      frame_.api->error_destroy(&destroy);
+    }
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // Null, or the runtime's error.
+  Error* take(size_t bytes) {
+    if (bytes == 0) return nullptr;
+    bytes_ = bytes;
+    MemoryAllocateArgs args{sizeof args, nullptr, frame_.context, bytes + kAlignment, 16, nullptr};
+    Error* const error = frame_.api->memory_allocate(&args);
+    memory_ = args.data;
+    return error;
+  }
+  void* data() const {
+    const auto address = reinterpret_cast<uintptr_t>(memory_);
+    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  static constexpr size_t kAlignment = 64;  // of workspaces; more than the runtime can be asked for
+
+  const CallFrame& frame_;
+  void* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
+
 // A buffer as one tensor of all samples, their axes folded into its first, or as that of one sample.
 class Tensor {
  public:
@@ -90,18 +152,18 @@ class Tensor {
   Tensor(const Tensor&) = delete;  // tensor_ points into this object
   Tensor& operator=(const Tensor&) = delete;
 
-  void all(const Buffer& buffer, int64_t axes, int64_t samples) {
-    one(buffer, axes, 0);
+  void all(const Buffer& buffer, DLDevice device, int64_t axes, int64_t samples) {
+    one(buffer, device, axes, 0);
     if (tensor_.ndim > 0) shape_[0] *= samples;
   }
 
-  void one(const Buffer& buffer, int64_t axes, int64_t sample) {
+  void one(const Buffer& buffer, DLDevice device, int64_t axes, int64_t sample) {
     const DLDataType dtype = dtype_of(buffer.dtype);
     std::copy(buffer.dims + axes, buffer.dims + buffer.rank, shape_);
     int64_t bytes = dtype.bits / 8;
     for (int64_t i = axes; i < buffer.rank; ++i) bytes *= buffer.dims[i];
     tensor_ = {static_cast<char*>(buffer.data) + sample * bytes,
-               {kDLCPU, 0},
+               device,
                static_cast<int32_t>(buffer.rank - axes),
                dtype,
                shape_,
@@ -131,6 +193,9 @@ int32_t current_level() {
 
 // One call of fwp.h.
 struct Call {
+  Place place;
+  void* workspace = nullptr;
+  size_t workspace_bytes = 0;
   fwp_options options;
   Tensor operands[kOperands];
   Tensor results[kResults];
@@ -150,34 +215,52 @@ struct Call {
   }
 };
 
+// A function of fwp.h for one call, and the size of the workspace that it takes.
+using Function = int (*)(const Call&);
+using Query = int (*)(const Call&, size_t* bytes);
+
+template <decltype(&fwp_delta_fwd_workspace) query>
+int workspace(const Call& call, size_t* bytes) {
+  const fwp_inputs inputs = call.inputs();
+  return query(&call.options, &inputs, bytes);
+}
+
 // Checkpoints hold for one level, and programs outlive a switch: what was made, or is asked for, at another level
-// is left out, and backward makes its own.
+// is left out, and backward makes its own. On a device none are made: their level is a number there.
 template <decltype(&fwp_delta_fwd) function>
 int forward(const Call& call) {
-  const int32_t level = current_level();
+  const bool keeps = !call.place.on_device();
+  const int32_t level = keeps ? current_level() : kNoLevel;
   const Tensor& kept = call.results[made];
   const fwp_inputs inputs = call.inputs();
-  const fwp_outputs outputs{sizeof outputs, call.out(o), call.out(hT), call.fits(kept) ? kept.get() : nullptr};
-  const int status = function(&call.options, &inputs, &outputs, nullptr, 0, nullptr);
+  const fwp_outputs outputs{sizeof outputs, call.out(o), call.out(hT), keeps && call.fits(kept) ? kept.get() : nullptr};
+  const int status =
+      function(&call.options, &inputs, &outputs, call.workspace, call.workspace_bytes, call.place.stream);
+  if (!keeps) return status;
   const bool holds = outputs.checkpoints != nullptr && current_level() == level;
   if (int32_t* const levels = call.results[made_at].scalars())
     std::fill(levels, levels + call.level_count, holds ? level : kNoLevel);
   return status;
 }
 
+// Whether the checkpoints that a forward pass has kept are of the level in use.
+bool holds(const Call& call) {
+  const int32_t* const levels = call.operands[level].scalars();
+  if (levels == nullptr || call.place.on_device()) return false;
+  const int32_t now = current_level();
+  return now != kNoLevel && std::all_of(levels, levels + call.level_count, [now](int32_t at) { return at == now; });
+}
+
 template <decltype(&fwp_delta_bwd) function>
 int backward(const Call& call) {
   const Tensor& kept = call.operands[checkpoints];
-  const int32_t* const levels = call.operands[level].scalars();
-  const int32_t now = current_level();
-  const bool holds = levels != nullptr && std::all_of(levels, levels + call.level_count,
-                                                      [now](int32_t at) { return at == now && at != kNoLevel; });
   const fwp_inputs inputs = call.inputs();
   const fwp_cotangents cotangents{sizeof cotangents, call.in(d_o), call.in(d_hT),
-                                  holds && call.fits(kept) ? kept.get() : nullptr};
+                                  holds(call) && call.fits(kept) ? kept.get() : nullptr};
   const fwp_gradients gradients{sizeof gradients, call.out(dq), call.out(dk), call.out(dv),
                                 call.out(dbeta),  call.out(dg), call.out(dh0)};
-  return function(&call.options, &inputs, &cotangents, &gradients, nullptr, 0, nullptr);
+  return function(&call.options, &inputs, &cotangents, &gradients, call.workspace, call.workspace_bytes,
+                  call.place.stream);
 }
 
 // The new state takes the memory of the old one where the runtime allows.
@@ -187,18 +270,22 @@ int step(const Call& call) {
   if (after.data != before.data) {
     size_t bytes = after.dtype.bits / 8u;
     for (int32_t i = 0; i < after.ndim; ++i) bytes *= static_cast<size_t>(after.shape[i]);
-    std::memcpy(after.data, before.data, bytes);
+    const Place& place = call.place;
+    if (!place.on_device())
+      std::memcpy(after.data, before.data, bytes);
+    else if (const int status = fwp_device_copy(place.device.device_id, after.data, before.data, bytes, place.stream))
+      return status;
   }
   const fwp_inputs inputs = call.inputs();
-  return function(&call.options, &inputs, &after, call.out(o), nullptr, 0, nullptr);
+  return function(&call.options, &inputs, &after, call.out(o), call.workspace, call.workspace_bytes, call.place.stream);
 }
 
 int map_forward(const Call& call) {
-  return fwp_feature_map_fwd(call.options.feature_map, call.in(q), call.out(o), nullptr);
+  return fwp_feature_map_fwd(call.options.feature_map, call.in(q), call.out(o), call.place.stream);
 }
 
 int map_backward(const Call& call) {
-  return fwp_feature_map_bwd(call.options.feature_map, call.in(d_o), call.in(q), call.out(dq), nullptr);
+  return fwp_feature_map_bwd(call.options.feature_map, call.in(d_o), call.in(q), call.out(dq), call.place.stream);
 }
 
 // The scalar of this name; false if there is none of this type.
@@ -289,16 +376,19 @@ class DefaultArithmetic {
   std::fenv_t before_;
 };
 
-int run(int (*function)(const Call&), const Frame& frame, const Settings& settings) {
+Error* run(const CallFrame& given, Function function, Query query, const Place& place, const Frame& frame,
+           const Settings& settings) {
   const bool separate = frame.separate();
   for (int64_t sample = 0; sample < (separate ? frame.samples : 1); ++sample) {
     Call call;
     const auto view = [&](const Buffer* buffer, Tensor& tensor) {
       if (buffer == nullptr) return;
-      separate ? tensor.one(*buffer, frame.axes, sample) : tensor.all(*buffer, frame.axes, frame.samples);
+      separate ? tensor.one(*buffer, place.device, frame.axes, sample)
+               : tensor.all(*buffer, place.device, frame.axes, frame.samples);
     };
     for (int i = 0; i < kOperands; ++i) view(frame.operands[i], call.operands[i]);
     for (int i = 0; i < kResults; ++i) view(frame.results[i], call.results[i]);
+    call.place = place;
     call.level_count = separate ? 1 : frame.samples;
     const fwp_feature_map map{sizeof map, static_cast<int>(settings.map), static_cast<int>(settings.nu),
                               settings.map_eps, call.in(projection)};
@@ -308,9 +398,15 @@ int run(int (*function)(const Call&), const Frame& frame, const Settings& settin
     call.options.qk_norm = static_cast<int>(settings.qk_norm);
     call.options.attention_norm = settings.attention_norm ? 1 : 0;
     call.options.eps = settings.eps;
-    if (const int status = function(call)) return status;
+    Scratch scratch(given);
+    if (place.on_device() && query != nullptr) {
+      if (const int status = query(call, &call.workspace_bytes)) return failure(given, status);
+      if (Error* const error = scratch.take(call.workspace_bytes)) return error;
+      call.workspace = scratch.data();
+    }
+    if (const int status = function(call)) return failure(given, status);
   }
-  return FWP_OK;
+  return nullptr;
 }
 
 // Answers the question for metadata, if the frame is that and no call.
@@ -323,10 +419,13 @@ bool answered(const CallFrame& frame) {
   return true;
 }
 
-template <int (*function)(const Call&)>
+template <bool on_device, Function function, Query query>
 Error* handler(CallFrame* given) {
   const CallFrame& frame = *given;
   if (answered(frame)) return nullptr;
+  Place place;
+  if constexpr (on_device)
+    if (Error* const error = place.find(frame)) return error;
   Settings settings;
   Frame buffers;
   char message[128];
@@ -337,19 +436,23 @@ Error* handler(CallFrame* given) {
   if (!buffers.read(frame, settings))
     return failure(frame, ErrorCode::internal, "operands, results: expected the buffers that the attributes tell of");
   const DefaultArithmetic arithmetic;
-  const int status = run(function, buffers, settings);
-  return status != FWP_OK ? failure(frame, status) : nullptr;
+  return run(frame, function, query, place, buffers, settings);
+}
+
+template <Function function, Query query>
+constexpr Target target(const char* name) {
+  return {name, handler<false, function, query>, handler<true, function, query>};
 }
 
 constexpr Target kTargets[] = {
-    {"fwp_core.linear_attention", handler<forward<fwp_linear_fwd>>},
-    {"fwp_core.delta_rule", handler<forward<fwp_delta_fwd>>},
-    {"fwp_core.linear_attention_backward", handler<backward<fwp_linear_bwd>>},
-    {"fwp_core.delta_rule_backward", handler<backward<fwp_delta_bwd>>},
-    {"fwp_core.linear_attention_step", handler<step<fwp_linear_step>>},
-    {"fwp_core.delta_rule_step", handler<step<fwp_delta_step>>},
-    {"fwp_core.feature_forward", handler<map_forward>},
-    {"fwp_core.feature_backward", handler<map_backward>},
+    target<forward<fwp_linear_fwd>, workspace<fwp_linear_fwd_workspace>>("fwp_core.linear_attention"),
+    target<forward<fwp_delta_fwd>, workspace<fwp_delta_fwd_workspace>>("fwp_core.delta_rule"),
+    target<backward<fwp_linear_bwd>, workspace<fwp_linear_bwd_workspace>>("fwp_core.linear_attention_backward"),
+    target<backward<fwp_delta_bwd>, workspace<fwp_delta_bwd_workspace>>("fwp_core.delta_rule_backward"),
+    target<step<fwp_linear_step>, workspace<fwp_linear_step_workspace>>("fwp_core.linear_attention_step"),
+    target<step<fwp_delta_step>, workspace<fwp_delta_step_workspace>>("fwp_core.delta_rule_step"),
+    target<map_forward, nullptr>("fwp_core.feature_forward"),
+    target<map_backward, nullptr>("fwp_core.feature_backward"),
 };
 
 }  // namespace

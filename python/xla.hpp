@@ -9,7 +9,7 @@ namespace fwp::xla {
 
 struct Target {
   const char* name;
-  Handler* handler;
+  Handler *cpu, *cuda;
 };
 
 const Target* targets();

@@ -1,7 +1,6 @@
 // The call frame of XLA's foreign function interface, as version 0.1 of its C header (xla/ffi/api/c_api.h of any
-// jaxlib) lays it out, under our own names and with only the parts that a handler on the CPU needs. Later runtimes
-// accept handlers of earlier versions, and none of these structs has changed since; a test compares them with the real
-// header.
+// jaxlib) lays it out, under our own names and with only the parts that our handlers need. Later runtimes accept
+// handlers of earlier versions, and none of these structs has changed since; a test compares them with the real header.
 #pragma once
 
 #include <cstddef>
@@ -46,6 +45,12 @@ struct ErrorCreateArgs {
   ErrorCode code;
 };
 
+struct ErrorDestroyArgs {
+  size_t struct_size;
+  ExtensionBase* extension_start;
+  Error* error;
+};
+
 struct ExecutionContext;
 
 struct StreamGetArgs {
@@ -55,17 +60,54 @@ struct StreamGetArgs {
   void* stream;  // filled in
 };
 
-// The runtime's functions, those that are called here and their neighbours.
+struct MemoryAllocateArgs {
+  size_t struct_size;
+  ExtensionBase* extension_start;
+  ExecutionContext* context;
+  size_t size;
+  size_t alignment;  // up to 16
+  void* data;        // filled in
+};
+
+struct MemoryFreeArgs {
+  size_t struct_size;
+  ExtensionBase* extension_start;
+  ExecutionContext* context;
+  size_t size;
+  void* data;
+};
+
+struct DeviceGetArgs {
+  size_t struct_size;
+  ExtensionBase* extension_start;
+  ExecutionContext* context;
+  int32_t device;  // filled in
+};
+
+// The runtime's functions, those that are called here and their neighbours; struct_size says where they end.
 struct Api {
   size_t struct_size;
   ExtensionBase* extension_start;
   ApiVersion version;
   const void* internal;
   Error* (*error_create)(ErrorCreateArgs*);
-  void (*error_get_message)(void*);
-  void (*error_destroy)(void*);
-  Error* (*handler_register)(void*);
+  void (*error_get_message)();
+  void (*error_destroy)(ErrorDestroyArgs*);
+  void (*handler_register)();
   Error* (*stream_get)(StreamGetArgs*);
+  void (*type_register)();
+  void (*execution_context_get)();
+  void (*state_set)();
+  void (*state_get)();
+  Error* (*memory_allocate)(MemoryAllocateArgs*);
+  Error* (*memory_free)(MemoryFreeArgs*);
+  void (*thread_pool_schedule)();
+  void (*thread_pool_size)();
+  void (*future_create)();
+  void (*future_set_available)();
+  void (*future_set_error)();
+  void (*run_id_get)();
+  Error* (*device_get)(DeviceGetArgs*);  // not of the first runtimes
 };
 
 struct Buffer {

@@ -1,4 +1,4 @@
-"""Profiles of property tests, the fixture for every instruction set level, and required frameworks."""
+"""Profiles of property tests, fixtures for instruction sets and for an emulated device, needed packages."""
 
 import os
 import re
@@ -28,6 +28,14 @@ def isa(request):
     with fwp.use_isa(level):
         yield level
     assert fwp._core.isa_calls(level) > before, f"no call ran at {level}"
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """Skip the test where the CUDA back end is not the emulator, whose device memory is the host's."""
+    state = fwp.show_config("dict")["cuda"]
+    if state != "emulated":
+        pytest.skip(f"CUDA is not emulated but {state}; FWP_CUDA_PLUGIN can name a plugin that is")
 
 
 # What tests say that skip because a package is absent, or too old.

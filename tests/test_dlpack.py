@@ -16,7 +16,18 @@ import pytest
 from arguments import FUNCTIONS, get, good, put
 from cases import DTYPES
 from numpy.lib.stride_tricks import as_strided
-from producers import CPU, CUDA, CUDA_HOST, IS_COPIED, READ_ONLY, Producer, address, capsule_name, read
+from producers import (
+    CPU,
+    CUDA,
+    CUDA_HOST,
+    CUDA_MANAGED,
+    IS_COPIED,
+    READ_ONLY,
+    Producer,
+    address,
+    capsule_name,
+    read,
+)
 
 import fwp_core as fwp
 from fwp_core import _core
@@ -296,7 +307,7 @@ def test_lengths_are_integers():
             fwp.linear_attention(q, q, q, cu_seqlens=Producer(bad))
     with pytest.raises(fwp.ArgumentError, match=r"^cu_seqlens: expected integers of at most 64 bits"):
         fwp.linear_attention(q, q, q, cu_seqlens=Producer(np.array([0, 2**63], np.uint64)))
-    with pytest.raises(fwp.DeviceError, match=r"^cu_seqlens: .* got cuda:1"):
+    with pytest.raises(fwp.DeviceError, match=r"^cu_seqlens: .* got one on cuda:1"):
         fwp.linear_attention(q, q, q, cu_seqlens=Producer(np.zeros(2, np.int64), device=(CUDA, 1)))
 
 
@@ -428,7 +439,9 @@ def test_fields_of_a_tensor():
 
 
 REFUSED = {
-    "cuda": (fwp.DeviceError, "since this build has no CUDA, got cuda:3", {"device": (CUDA, 3)}),
+    "cuda": (fwp.DeviceError, "the CPU, .* got (one on )?cuda:3", {"device": (CUDA, 3)}),
+    "managed": (fwp.DeviceError, "the CPU, .* got (one on )?cuda:3", {"device": (CUDA_MANAGED, 3)}),
+    "another device": (fwp.DeviceError, "the CPU or of a CUDA device, got rocm:1", {"device": (10, 1)}),
     "unknown device": (fwp.DeviceError, "got device type 77:0", {"device": (77, 0)}),
     "another version": (fwp.UnsupportedError, "DLPack 1, got one of version 2", {"version": (2, 0)}),
     "fake": (fwp.ArgumentError, "a tensor with memory, got one without", {"data": None}),
@@ -789,7 +802,9 @@ SAME = {
 }
 VALUES = {
     "kDLCPU": "fwp::dlpack::kCPU",
+    "kDLCUDA": "fwp::dlpack::kCUDA",
     "kDLCUDAHost": "fwp::dlpack::kCUDAHost",
+    "kDLCUDAManaged": "fwp::dlpack::kCUDAManaged",
     "kDLInt": "::kDLInt",
     "kDLUInt": "::kDLUInt",
     "kDLFloat": "::kDLFloat",

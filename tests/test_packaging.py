@@ -74,7 +74,7 @@ def source(sdist):
 def build_options(tmp_path_factory):
     """One build folder for all that is built from the sdist, and one level: kernels are compiled once."""
     folder = tmp_path_factory.mktemp("build")
-    defines = {"FWP_WERROR": "ON", "FWP_ISA_LEVELS": "base"}
+    defines = {"FWP_WERROR": "ON", "FWP_ISA_LEVELS": "base", "FWP_CUDA": "OFF"}
     return [
         "--no-build-isolation",
         f"-Cbuild-dir={folder}",

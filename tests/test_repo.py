@@ -22,8 +22,8 @@ ARROWS = {
     "cpp/scan": {"cpp/scan", "cpp/rules", "cpp/features"},
     "cpp/cpu": {"cpp/cpu", "cpp/scan"},
     "cpp/core": {"cpp/core", "cpp/include/fwp"},
-    "cuda": {"cuda", "cuda/recurrent", "cuda/chunk", "cuda/features", "cuda/primitives"},
-    "cuda/recurrent": {"cuda/recurrent", "cuda", "cuda/primitives"},
+    "cuda": {"cuda", "cuda/recurrent", "cuda/chunk", "cuda/features", "cuda/primitives", "cpp/rules"},
+    "cuda/recurrent": {"cuda/recurrent", "cuda", "cuda/primitives", "cpp/features"},
     "cuda/chunk": {"cuda/chunk", "cuda", "cuda/primitives"},
     "cuda/features": {"cuda/features", "cuda", "cuda/primitives", "cpp/features"},
     "cuda/simt": {"cuda/simt"},
@@ -33,7 +33,10 @@ ARROWS = {
 # What cpp/core sees of the back ends: their entry points and the problem handed to them.
 EXTRA = {
     "cpp/core": {"cpp/cpu/dispatch.hpp", "cpp/scan/backend.hpp", "cpp/scan/problem.hpp"},
-    "cpp/cpu": {"cpp/scan/backend.hpp"},
+    "cuda": {"cpp/scan/backend.hpp", "cpp/scan/problem.hpp", "cpp/scan/arena.hpp"},
+    "cuda/recurrent": {"cpp/scan/problem.hpp", "cpp/scan/arena.hpp"},
+    "cuda/chunk": {"cpp/scan/problem.hpp", "cpp/scan/arena.hpp"},
+    "cuda/features": {"cpp/scan/problem.hpp"},
 }
 # System headers of one folder only.
 PRIVATE_HEADERS = {

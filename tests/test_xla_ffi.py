@@ -18,7 +18,17 @@ HEADER = Path(__file__).parents[1] / "python" / "xla_ffi.hpp"
 STRUCTS = {
     "ApiVersion": ("XLA_FFI_Api_Version", "struct_size extension_start major_version minor_version"),
     "ErrorCreateArgs": ("XLA_FFI_Error_Create_Args", "struct_size extension_start message code=errc"),
+    "ErrorDestroyArgs": ("XLA_FFI_Error_Destroy_Args", "struct_size extension_start error"),
     "StreamGetArgs": ("XLA_FFI_Stream_Get_Args", "struct_size extension_start context=ctx stream"),
+    "MemoryAllocateArgs": (
+        "XLA_FFI_DeviceMemory_Allocate_Args",
+        "struct_size extension_start context=ctx size alignment data",
+    ),
+    "MemoryFreeArgs": ("XLA_FFI_DeviceMemory_Free_Args", "struct_size extension_start context=ctx size data"),
+    "DeviceGetArgs": (
+        "XLA_FFI_DeviceOrdinal_Get_Args",
+        "struct_size extension_start context=ctx device=device_ordinal",
+    ),
     "Buffer": ("XLA_FFI_Buffer", "struct_size extension_start dtype data rank dims"),
     "ByteSpan": ("XLA_FFI_ByteSpan", "data=ptr size=len"),
     "Scalar": ("XLA_FFI_Scalar", "dtype value"),
@@ -33,7 +43,9 @@ STRUCTS = {
     "Api": (
         "XLA_FFI_Api",
         "struct_size extension_start version=api_version internal=internal_api "
-        "error_create=XLA_FFI_Error_Create stream_get=XLA_FFI_Stream_Get",
+        "error_create=XLA_FFI_Error_Create error_destroy=XLA_FFI_Error_Destroy "
+        "stream_get=XLA_FFI_Stream_Get memory_allocate=XLA_FFI_DeviceMemory_Allocate "
+        "memory_free=XLA_FFI_DeviceMemory_Free device_get=XLA_FFI_DeviceOrdinal_Get",
     ),
 }
 # Those that later versions may make longer, at their end.
@@ -122,12 +134,13 @@ def handler(capsule):
     return c.CFUNCTYPE(c.c_void_p, c.POINTER(Frame))(pointer(capsule, None))
 
 
-@pytest.mark.parametrize("name", _core.xla_targets())
-def test_handlers_say_that_they_are_of_version_0_1(name):
+@pytest.mark.parametrize("platform", ["cpu", "CUDA"])
+@pytest.mark.parametrize("name", _core.xla_targets("cpu"))
+def test_handlers_say_that_they_are_of_version_0_1(name, platform):
     metadata = Metadata(c.sizeof(Metadata), Version(c.sizeof(Version), None, -1, -1), 99)
     extension = MetadataExtension(Base(c.sizeof(Base), 1, None), c.pointer(metadata))
     frame = Frame(c.sizeof(Frame), c.cast(c.pointer(extension), c.POINTER(Base)))
-    assert handler(_core.xla_targets()[name])(c.pointer(frame)) is None
+    assert handler(_core.xla_targets(platform)[name])(c.pointer(frame)) is None
     assert (metadata.version.major, metadata.version.minor, metadata.traits) == (0, 1, 0)
 
 
@@ -136,7 +149,8 @@ def test_every_function_has_a_handler():
         f"{rule}{kind}" for rule in ("linear_attention", "delta_rule") for kind in ("", "_backward", "_step")
     ]
     names += ["feature_forward", "feature_backward"]
-    assert sorted(_core.xla_targets()) == sorted(f"fwp_core.{name}" for name in names)
+    for platform in ("cpu", "CUDA"):
+        assert sorted(_core.xla_targets(platform)) == sorted(f"fwp_core.{name}" for name in names)
 
 
 ATTRIBUTES = {

@@ -24,6 +24,10 @@ TOLERANCE = {
     ("gradient", "bfloat16"): 2.0**-8 + 8e-6,
 }
 
+# On a CUDA device, where these tests look at the way to the kernels and back. The precision of those, of the
+# chunk form's float16 operands, too, is what tests/cuda look at.
+DEVICE = {"float32": 1e-5, "float64": 1e-12, "float16": 2.0**-8, "bfloat16": 2.0**-6}
+
 # A feature, element by element: an exponential, the sum of such, and a division, at few units in the last
 # place each. The exponent of FAVOR is a difference, with as many units of its terms.
 FEATURE = {np.dtype(np.float32): 6e-7, np.dtype(np.float64): 1.2e-15}

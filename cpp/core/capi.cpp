@@ -74,11 +74,12 @@ void set_stream(Problem& p, void* stream) {
   p.stream = stream;
 }
 
-void run(const Problem& p, Kernel kernel, void* workspace) {
-  const Outcome outcome = (backend(p).*kernel)(p, workspace);
+void check(const Backend& backend, Outcome outcome) {
   if (outcome == Outcome::interrupted) fail(FWP_INTERRUPTED, "interrupted");
-  if (outcome == Outcome::failed) fail(FWP_CUDA_ERROR, backend(p).error());
+  if (outcome == Outcome::failed) fail(FWP_CUDA_ERROR, backend.error());
 }
+
+void run(const Problem& p, Kernel kernel, void* workspace) { check(backend(p), (backend(p).*kernel)(p, workspace)); }
 
 void run(Call& call, Kernel kernel, Query query, void* workspace, size_t workspace_bytes, void* stream) {
   const size_t needed = workspace_of(call, query);
@@ -143,6 +144,11 @@ void run_map(MapCall& call, void* stream) {
   if (on_host) return run(p, &Backend::map_rows, own.data());
   const DeviceWorkspace device_own(p, needed);
   run(p, &Backend::map_rows, device_own.data());
+}
+
+const Backend& backend_of_device(int device) {
+  if (device < 0) fail(FWP_ARGUMENT_ERROR, "device: expected a number from 0 on, got ", device);
+  return backend("device", device);
 }
 
 template <class Number>
@@ -337,8 +343,7 @@ void fwp_empty_cache(void) noexcept {
 void* fwp_device_allocate(int device, size_t bytes, void* stream) noexcept {
   void* memory = nullptr;
   core::guarded([&] {
-    if (device < 0) core::fail(FWP_ARGUMENT_ERROR, "device: expected a number from 0 on, got ", device);
-    memory = core::backend("device", device).allocate(device, bytes, stream);
+    memory = core::backend_of_device(device).allocate(device, bytes, stream);
     if (memory == nullptr) core::fail(FWP_OUT_OF_MEMORY, "no ", bytes, " bytes of memory on cuda:", device);
   });
   return memory;
@@ -346,7 +351,21 @@ void* fwp_device_allocate(int device, size_t bytes, void* stream) noexcept {
 
 void fwp_device_free(int device, void* memory, void* stream) noexcept {
   core::guarded([&] {
-    if (memory != nullptr) core::backend("device", device).deallocate(device, memory, stream);
+    if (memory != nullptr) core::backend_of_device(device).deallocate(device, memory, stream);
+  });
+}
+
+int fwp_device_copy(int device, void* to, const void* from, size_t bytes, void* stream) noexcept {
+  return core::guarded([&] {
+    const fwp::Backend& backend = core::backend_of_device(device);
+    if (bytes != 0) core::check(backend, backend.copy(device, to, from, bytes, stream));
+  });
+}
+
+int fwp_device_wait(int device, void* from, void* to) noexcept {
+  return core::guarded([&] {
+    const fwp::Backend& backend = core::backend_of_device(device);
+    if (from != to) core::check(backend, backend.wait(device, from, to));
   });
 }
 

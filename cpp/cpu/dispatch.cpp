@@ -310,6 +310,8 @@ const Backend& backend() {
       nullptr,  // its memory is cpp/core's own
       nullptr,
       nullptr,
+      nullptr,
+      nullptr,
   };
   return table;
 }

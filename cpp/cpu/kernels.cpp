@@ -67,15 +67,16 @@ int64_t at_most(int64_t n, int64_t most) { return n > most ? most : n; }
 template <class Tile>
 Geometry cut(const Problem& p) {
   Geometry g;
-  g.block = p.step && p.T == 1 ? 1 : kBlock;
+  const int64_t tokens = at_least(longest_sequence(p), 1);
+  g.block = tokens == 1 ? 1 : kBlock;
   g.ld = round_up(p.K, Tile::kWidth);
   g.columns = Tile::kColumns;
   g.tiles =
       at_least((p.V + g.columns - 1) / g.columns, p.attention_norm ? 1 : 0);  // z takes a tile, if only of padding
   g.tile = g.ld * g.columns + (p.attention_norm ? g.ld : 0);
-  g.chunk = kChunkBlocks * kBlock;
-  if (p.step) g.chunk = at_most(round_up(at_least(p.T, 1), g.block), g.chunk);
-  const int64_t longest = round_up(at_least(longest_sequence(p), 1), g.chunk);
+  g.chunk = at_most(round_up(tokens, kBlock), kChunkBlocks * kBlock);
+  g.once = tokens <= g.chunk;
+  const int64_t longest = round_up(tokens, g.chunk);
   // A checkpoint is K V numbers: one every K tokens costs V per token, whatever K and V. Longer segments would take
   // less memory, but backward slows down when the states and rows of one do not fit into the second-level cache. Rows
   // of halves take half the room, and a checkpoint weighs twice as much beside them. Where time is short, so are

@@ -14,6 +14,7 @@
 #define FWP_UNROLL _Pragma("GCC unroll 32")
 #endif
 #define FWP_HD __attribute__((always_inline)) inline
+#define FWP_DEVICE  // before functions that devices have, too
 
 namespace fwp {
 namespace {

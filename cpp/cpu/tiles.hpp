@@ -36,6 +36,18 @@ struct Tiles {
   FWP_HD static void store_unaligned(U* p, P x) {
     store_as<T>(p, x);
   }
+  // The first n > 0 numbers of a row, at any address; `rest` in the other lanes.
+  FWP_HD static P load_some(const T* p, int64_t n, P rest = P{}) {
+    if (n >= kWidth) return load_unaligned(p);
+    for (int64_t i = 0; i < n; ++i) rest[i] = p[i];
+    return rest;
+  }
+  FWP_HD static void store_some(T* p, P x, int64_t n) {
+    if (n >= kWidth) return store_unaligned(p, x);
+    for (int64_t i = 0; i < n; ++i) p[i] = x[i];
+  }
+  static void fence() {}  // one thread sees what it has written
+
   template <class U>
   FWP_HD static T widen(U x) {
     return Stored<T, U>::widen(x);
@@ -46,6 +58,7 @@ struct Tiles {
   }
   FWP_HD static P broadcast(T x) { return fwp::broadcast(x); }
   FWP_HD static P exp(P x) { return fwp::exp<T>(x); }
+  FWP_HD static T sqrt(T x) { return static_cast<T>(__builtin_sqrt(x)); }
 
   // n up to whole packs.
   static constexpr int64_t up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
@@ -93,6 +106,13 @@ struct Tiles {
       for (int64_t r = 0; r < there; ++r)
         for (int64_t d = whole; d < n; ++d) out[i + r] += rows[(i + r) * stride + d] * x[d];
     }
+  }
+
+  // out[d] = sum over i < count of w[i] * rows[i][d], d < n: the transpose of dots.
+  static void combine(const T* rows, ptrdiff_t stride, int64_t count, int64_t n, const T* w, T* out) {
+    for (int64_t d = 0; d < n; ++d) out[d] = 0;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t d = 0; d < n; ++d) out[d] += w[i] * rows[i * stride + d];
   }
 
   // Sums come in whole packs: n of them take this much room.

@@ -17,9 +17,9 @@ struct Features {
   int64_t projection_stride = 0;     // from row to row, in numbers
   double log_factor = 0, floor = 0;  // FAVOR+: -ln(2m)/2 and eps/sqrt(2m)
 
-  bool active() const { return map != Map::none || norm != Norm::none; }
+  constexpr bool active() const { return map != Map::none || norm != Norm::none; }
   // FAVOR+ before a normalisation may be of any size, and is taken at that of its largest feature: none underflows.
-  bool scale_free() const { return norm != Norm::none && floor == 0; }
+  constexpr bool scale_free() const { return norm != Norm::none && floor == 0; }
 };
 
 }  // namespace fwp

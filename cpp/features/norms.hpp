@@ -12,33 +12,42 @@ struct Divisor {
 };
 
 template <class Tile, class T>
-Divisor<T> divisor(Norm norm, const T* x, int64_t n) {
+FWP_DEVICE Divisor<T> divisor(Norm norm, const T* x, int64_t n) {
   if (norm == Norm::sum) return {1, Tile::sum(x, n)};
   constexpr bool wide = sizeof(T) == 8;
   constexpr T low = wide ? T(1e-290) : T(1e-30), high = wide ? T(1e300) : T(1e35);
   const T squares = Tile::dot(x, x, n);
-  if (squares > low && squares < high) return {1, static_cast<T>(__builtin_sqrt(squares))};
+  if (squares > low && squares < high) return {1, Tile::sqrt(squares)};
   const T scale = squares <= low ? (wide ? T(0x1p600) : T(0x1p100)) : wide ? T(0x1p-600) : T(0x1p-100);
-  T sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += scale * x[i] * (scale * x[i]);
-  return {scale, static_cast<T>(__builtin_sqrt(sum))};
+  typename Tile::P sum = {};
+  for (int64_t i = 0; i < n; i += Tile::kWidth) {
+    const typename Tile::P scaled = scale * Tile::load_some(x + i, n - i);
+    sum += scaled * scaled;
+  }
+  return {scale, Tile::sqrt(Tile::sum(sum))};
 }
 
 // y = x / sum(x), or x / |x|; in place. Returns what it was divided by.
 template <class Tile, class T>
-Divisor<T> norm_fwd(Norm norm, T* x, int64_t n) {
+FWP_DEVICE Divisor<T> norm_fwd(Norm norm, T* x, int64_t n) {
+  using P = typename Tile::P;
   const Divisor<T> d = divisor<Tile>(norm, x, n);
-  for (int64_t i = 0; i < n; ++i) x[i] = d.value == 0 ? 0 : d.scale * x[i] / d.value;
+  for (int64_t i = 0; i < n; i += Tile::kWidth)
+    Tile::store_some(x + i, d.value == 0 ? P{} : d.scale * Tile::load_some(x + i, n - i) / d.value, n - i);
   return d;
 }
 
 // dx = (dy - <dy, y>) / sum, or (dy - <dy, y> y) / |x|; x becomes y, dy becomes dx.
 template <class Tile, class T>
-void norm_bwd(Norm norm, T* x, int64_t n, T* dy) {
+FWP_DEVICE void norm_bwd(Norm norm, T* x, int64_t n, T* dy) {
+  using P = typename Tile::P;
   const Divisor<T> d = norm_fwd<Tile>(norm, x, n);
   const T along = Tile::dot(dy, x, n);
-  for (int64_t i = 0; i < n; ++i)
-    dy[i] = d.value == 0 ? 0 : (dy[i] - (norm == Norm::sum ? along : along * x[i])) / d.value * d.scale;
+  for (int64_t i = 0; i < n; i += Tile::kWidth) {
+    const P yi = Tile::load_some(x + i, n - i), dyi = Tile::load_some(dy + i, n - i);
+    const P across = norm == Norm::sum ? dyi - along : dyi - along * yi;
+    Tile::store_some(dy + i, d.value == 0 ? P{} : across / d.value * d.scale, n - i);
+  }
 }
 
 }  // namespace

@@ -44,9 +44,10 @@ FWP_HD void decay_block_fwd(const P* k, const P* q, const P* a, P& A, P* kr, P* 
 // the channel sums H = sum over value columns of D1 * S0, the gradients dk, dq and dg of this pack of channels. A rule
 // that does not predict has no kr and no M; leaving them out, rather than adding zeros, keeps a NaN from reaching what
 // does not depend on it.
-template <class Decay, bool predicts, int C, class P, class T>
-FWP_HD void decay_block_bwd(const P* k, const P* q, const P* a, const P* dkr, const P* dqr, const P* dkw, const T* dMP,
-                            P H, P* dk, P* dq, P* dg) {
+template <class Decay, bool predicts, int C, class P, class Square>
+FWP_HD void decay_block_bwd(const P* k, const P* q, const P* a, const P* dkr, const P* dqr, const P* dkw,
+                            const Square& dMP, P H, P* dk, P* dq, P* dg) {
+  using T = decltype(+dMP[0]);
   P A[C], B[C];  // a_1..a_t and a_{t+1}..a_C
   if constexpr (Decay::decays) {
     A[0] = a[0];

@@ -20,16 +20,16 @@ struct Delta {
   static constexpr bool predicts = true;
 
   // e_t = v_t - r_t - sum_{i<t} M_ti u_i
-  template <int C, class P, class T>
-  FWP_HD static P error(int t, P v, P r, const T* MP, const P* u) {
+  template <int C, class P, class Square>
+  FWP_HD static P error(int t, P v, P r, const Square& MP, const P* u) {
     P e = v - r;
     FWP_UNROLL for (int i = 0; i < C; ++i) if (i < t) e -= MP[M_at<C>(t, i)] * u[i];
     return e;
   }
 
   // Adjoint of u_t: p_t, which came through writes and reads, less sum_{j>t} M_jt de_j through later predictions.
-  template <int C, class P, class T>
-  FWP_HD static P written_adjoint(int t, P p, const T* MP, const P* de) {
+  template <int C, class P, class Square>
+  FWP_HD static P written_adjoint(int t, P p, const Square& MP, const P* de) {
     FWP_UNROLL for (int j = C - 1; j > 0; --j) if (j > t) p -= MP[M_at<C>(j, t)] * de[j];
     return p;
   }

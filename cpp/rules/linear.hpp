@@ -9,13 +9,13 @@
 struct Linear {
   static constexpr bool predicts = false;
 
-  template <int C, class P, class T>
-  FWP_HD static P error(int /*t*/, P v, P /*r*/, const T* /*MP*/, const P* /*u*/) {
+  template <int C, class P, class Square>
+  FWP_HD static P error(int /*t*/, P v, P /*r*/, const Square& /*MP*/, const P* /*u*/) {
     return v;
   }
 
-  template <int C, class P, class T>
-  FWP_HD static P written_adjoint(int /*t*/, P p, const T* /*MP*/, const P* /*de*/) {
+  template <int C, class P, class Square>
+  FWP_HD static P written_adjoint(int /*t*/, P p, const Square& /*MP*/, const P* /*de*/) {
     return p;
   }
 };

@@ -38,6 +38,10 @@ struct Backend {
   // Memory for work on this stream of this device; nullptr: there is none.
   void* (*allocate)(int device, size_t bytes, void* stream);
   void (*deallocate)(int device, void* memory, void* stream);
+  // In the order of this stream: bytes from memory of the device or the host to memory of either.
+  Outcome (*copy)(int device, void* to, const void* from, size_t bytes, void* stream);
+  // What is put on the stream `to` from now on waits for what is on `from`.
+  Outcome (*wait)(int device, void* from, void* to);
   void (*empty_cache)();  // hands idle memory back to the system
 };
 }  // namespace fwp

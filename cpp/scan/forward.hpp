@@ -67,8 +67,8 @@ int64_t stage_blocks(Block<Tile, Rule, Decay, C>* blocks, int64_t most, const Pr
   return count;
 }
 
-// The tiles of a part while it is scanned: in scratch, or, where a step can work in place, the caller's own. A last
-// tile that is not whole passes through scratch all the same. Out of line, so that the scan around it stays small.
+// The tiles of a part while it is scanned: in scratch, or in place, in the caller's memory. A last tile that is not whole
+// passes through scratch all the same. Out of line, so that the scan around it stays small.
 template <class Tile, class T>
 struct ForwardTiles {
   struct Place {
@@ -90,11 +90,30 @@ struct ForwardTiles {
     const int64_t i = direct ? 0 : (h - part.head_begin) * tiles + j - part.tile_begin;
     return {scratch + i * g.ld * g.columns, g.columns, 0};
   }
-  FWP_PASS void load(int64_t h, int64_t j) const {
-    if (!is_direct(j)) load_tile<Tile>(p.h0, slot, h, p, g, j, at(h, j).S);
+  FWP_PASS void load(int64_t h) const {
+    int64_t whole = 0;
+    for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
+      is_direct(j) ? void(++whole) : load_tile<Tile>(p.h0, slot, h, p, g, j, at(h, j).S);
+    if (whole > 0 && p.h0.data != p.hT.data) move(h, whole);
   }
-  FWP_PASS void store(int64_t h, int64_t j) const {
-    if (!is_direct(j)) store_tile<Tile>(at(h, j).S, p, g, j, p.hT, slot, h);
+  FWP_PASS void store(int64_t h) const {
+    for (int64_t j = part.tile_begin; j < part.tile_end; ++j)
+      if (!is_direct(j)) store_tile<Tile>(at(h, j).S, p, g, j, p.hT, slot, h);
+  }
+
+ private:
+  // The first `tiles` of a head from h0, or zeros: along rows, which memory is faster at than down a tile.
+  void move(int64_t h, int64_t tiles) const {
+    const int64_t n = tiles * g.columns;
+    T* const to = tile_of<T>(p.hT, slot, h, g, part.tile_begin);
+    if (!p.h0.data) {
+      for (int64_t d = 0; d < p.K; ++d) fill<T>(to + d * p.hT.k, n, 0);
+      return;
+    }
+    const T* const from = tile_of<T>(p.h0, slot, h, g, part.tile_begin);
+    const int64_t rows = p.h0.k == n && p.hT.k == n ? p.K : 1;  // that lie end to end
+    for (int64_t d = 0; d < p.K; d += rows)
+      __builtin_memcpy(to + d * p.hT.k, from + d * p.h0.k, static_cast<size_t>(rows * n) * sizeof(T));
   }
 };
 
@@ -150,7 +169,7 @@ void scan_forward(const Problem& p, const Geometry& g, const ForwardPart& part, 
     for (int64_t h = part.head_begin; h < part.head_end; ++h) {
       const Head& rows = s.heads[h - part.head_begin];
       T* const z = s.z + (p.attention_norm ? h - part.head_begin : 0) * g.ld;
-      for (int64_t j = part.tile_begin; j < part.tile_end && t0 == 0; ++j) state.load(h, j);
+      if (t0 == 0) state.load(h);
       if (p.attention_norm && t0 == 0) load_z(p, g, p.h0, state.slot, h, z);
       if (p.checkpoints && t0 % g.segment == 0 && t0 < end)
         for (int64_t j = part.tile_begin; j < part.tile_end; ++j) {
@@ -165,7 +184,7 @@ void scan_forward(const Problem& p, const Geometry& g, const ForwardPart& part, 
           if (!scan_blocks(p, g, part, s, rows, j, first, count, state.at(h, j), ahead, stop)) return;
       }
       if (!part.output || end < seq.length) continue;
-      for (int64_t j = part.tile_begin; j < part.tile_end; ++j) state.store(h, j);
+      state.store(h);
       if (p.attention_norm && part.tile_begin == 0) store_z(z, p, p.hT, state.slot, h);
     }
   }

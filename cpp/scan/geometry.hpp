@@ -1,6 +1,6 @@
 // How a problem is cut: value columns into tiles, tokens into blocks, chunks, segments and windows. Only blocks, chunks
-// and tiles touch a result, by rounding. Their sizes depend on V, the dtype and the ISA level (and a step of one token
-// is a block of one): never on B, H or the number of threads.
+// and tiles touch a result, by rounding. Their sizes depend on V, the dtype and the ISA level: never on B, H or the
+// number of threads. Where sequences are short, blocks and chunks have room for fewer tokens, which touches nothing.
 #pragma once
 
 #include "arena.hpp"
@@ -15,17 +15,19 @@ struct Geometry {
   int64_t tiles = 0;
   int64_t tile = 0;      // numbers that a tile takes among checkpoints and adjoints: its own, and z's if there is one
   int64_t chunk = 0;     // tokens staged together, a multiple of block
+  bool once = false;     // no sequence is longer than a chunk: a forward scan takes up every tile of a state once
   int64_t segment = 0;   // tokens between checkpoints, a multiple of chunk
   int64_t window = 0;    // tokens that backward finishes between two barriers, a multiple of segment
   int64_t together = 0;  // sequences that backward works on between two barriers
   bool rounds = false;   // some gradients are stored in less than the accumulation type
 };
 
-// Whether a forward scan works on the caller's states where they lie: a step that takes each tile up only once. Not
-// where their rows are whole pages: all rows of a tile would then compete for the same few places in the caches.
+// Whether a forward scan works where the last states will lie, which in a step is where the first ones do: if it takes
+// up every tile only once, and nobody wants one in between. Not where their rows are whole pages: all rows of a tile
+// would then compete for the same few places in the caches.
 inline bool in_place(const Problem& p, const Geometry& g) {
   constexpr int64_t kPage = 4096;
-  return p.step && p.T <= g.chunk && p.V * item_size(accumulation(p.dtype)) % kPage != 0;
+  return (p.step || (p.hT.data && !p.checkpoints)) && g.once && p.V * item_size(accumulation(p.dtype)) % kPage != 0;
 }
 
 // What one worker does at a time. Neighbouring heads lie side by side in memory, so they are taken together, chunk by

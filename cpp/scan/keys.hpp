@@ -7,6 +7,8 @@
 //
 #include "../features/maps.hpp"
 #include "../features/norms.hpp"
+//
+#include "../features/row.hpp"
 
 namespace fwp {
 namespace {
@@ -14,29 +16,17 @@ namespace {
 template <class Tile>
 struct Keys {
   using T = typename Tile::Scalar;
-  const Features& f;
-  int64_t size;   // of a row as it comes
-  int64_t K;      // of its image
-  T* x;           // a row as it came
-  T *y, *dx;      // its image, and a gradient
-  T* normalised;  // the image after the normalisation
-  T* work;        // of the map
+  int64_t size;  // of a row as it comes
+  int64_t K;     // of its image
+  FeatureRow<Tile> row;
 
-  Keys(Arena& arena, const Problem& p) : f(p.features), size(p.key_size()), K(p.K) {
-    const int64_t n = f.active() ? Tile::up(size) : 0;
-    x = arena.take<T>(n);
-    dx = arena.take<T>(n);
-    y = arena.take<T>(f.active() ? Tile::up(K) : 0);
-    normalised = arena.take<T>(f.norm != Norm::none ? Tile::up(K) : 0);
-    work = arena.take<T>(f.map == Map::dpfp ? 8 * size : 3 * Tile::up(f.directions));
-  }
+  Keys(Arena& arena, const Problem& p) : size(p.key_size()), K(p.K), row(rooms(arena, p.features)) {}
 
   // Row t of keys or queries as the recurrence takes it, times a factor; zeros up to `padded`.
   void stage(const HeadRows& rows, int64_t t, T* to, int64_t padded, T factor = 1) const {
-    if (!f.active()) return stage_row<Tile>(rows, t, 0, K, to, padded, factor);
+    if (!row.f.active()) return stage_row<Tile>(rows, t, 0, K, to, padded, factor);
     read(rows, t);
-    map_fwd(to);
-    if (f.norm != Norm::none) norm_fwd<Tile>(f.norm, to, K);
+    row.forward(to);
     for (int64_t i = 0; i < K && factor != 1; ++i) to[i] *= factor;
     fill<T>(to + K, padded - K, 0);
   }
@@ -44,54 +34,18 @@ struct Keys {
   // From the gradient dy of the image of row t, which is overwritten, that of the row; valid until the next call.
   const T* pull_back(const HeadRows& rows, int64_t t, T* dy) const {
     read(rows, t);
-    map_fwd(y);
-    if (f.norm != Norm::none) {
-      copy_numbers(y, normalised);
-      norm_bwd<Tile>(f.norm, normalised, K, dy);
-    }
-    map_bwd(dy);
-    return dx;
+    row.backward(dy);
+    return row.dx;
   }
 
  private:
-  void read(const HeadRows& rows, int64_t t) const { stage_row<Tile>(rows, t, 0, size, x, Tile::up(size)); }
-
-  void map_fwd(T* to) const {
-    switch (f.map) {
-      case Map::none:
-        return copy_numbers(x, to);
-      case Map::relu:
-        return relu_fwd(x, size, to);
-      case Map::elu1:
-        return elu1_fwd<Tile>(x, size, to);
-      case Map::softmax:
-        return softmax_fwd<Tile>(x, size, to);
-      case Map::dpfp:
-        return dpfp_fwd(x, size, f.nu, work, to);
-      case Map::favor:
-        return favor_fwd<Tile>(f, x, work, to);
-    }
+  static FeatureRow<Tile> rooms(Arena& arena, const Features& f) {
+    const int64_t n = f.active() ? Tile::up(f.inputs) : 0, image = f.active() ? Tile::up(f.outputs) : 0;
+    T *const x = arena.take<T>(n), *const dx = arena.take<T>(n), *const y = arena.take<T>(image);
+    return {
+        f, x, dx, y, arena.take<T>(f.norm != Norm::none ? image : 0), arena.take<T>(FeatureRow<Tile>::work_size(f))};
   }
-  void map_bwd(const T* dy) const {
-    switch (f.map) {
-      case Map::none:
-        return copy_numbers(dy, dx);
-      case Map::relu:
-        return relu_bwd(x, size, dy, dx);
-      case Map::elu1:
-        return elu1_bwd(x, size, y, dy, dx);
-      case Map::softmax:
-        return softmax_bwd<Tile>(size, y, dy, dx);
-      case Map::dpfp:
-        return dpfp_bwd(x, size, f.nu, work, dy, dx);
-      case Map::favor:
-        return favor_bwd<Tile>(f, x, work, dy, dx);
-    }
-  }
-
-  void copy_numbers(const T* from, T* to) const {
-    for (int64_t i = 0; i < K; ++i) to[i] = from[i];
-  }
+  void read(const HeadRows& rows, int64_t t) const { stage_row<Tile>(rows, t, 0, size, row.x, Tile::up(size)); }
 };
 
 // The map by itself, from rows to rows.

@@ -49,7 +49,7 @@ struct Problem {
   Rule rule = Rule::linear;
   Decay decay = Decay::none;
   DType dtype = DType::f32;  // of q, k, v, o; accumulation and states are in accumulation(dtype)
-  bool step = false;         // decoding: hT is h0, updated in place; a single token is a block of its own
+  bool step = false;         // decoding: hT is h0, updated in place
   int64_t N = 0, T = 0, H = 0, K = 0, V = 0;
   const int64_t* cu_seqlens = nullptr;     // N+1 offsets into the T axis of batch 0; nullptr: sequence n is batch n
   const int64_t* state_indices = nullptr;  // [N], in a step: slots in the states; kNoSlot: leave the sequence out

@@ -33,11 +33,11 @@ Backward take(Arena& arena, const Problem& p, const Window& window, int32_t* lef
     x.E = SavedRows::take(arena, n, columns);
     x.dE = SavedRows::take(arena, n, columns);
   }
-  x.dq = Parts::take(arena, p.dq, n, value_tiles(p), p.K);
-  x.dk = Parts::take(arena, p.dk, n, value_tiles(p), p.K);
-  x.dv = Parts::take(arena, p.dv, n, 1, p.V);
-  x.dbeta = Parts::take(arena, p.dbeta, n, value_tiles(p), 1);
-  x.dg = Parts::take(arena, p.dg, n, value_tiles(p), 1);
+  x.dq = Parts::take(arena, p, window, p.dq, value_tiles(p), p.K);
+  x.dk = Parts::take(arena, p, window, p.dk, value_tiles(p), p.K);
+  x.dv = Parts::take(arena, p, window, p.dv, 1, p.V);
+  x.dbeta = Parts::take(arena, p, window, p.dbeta, value_tiles(p), 1);
+  x.dg = Parts::take(arena, p, window, p.dg, value_tiles(p), 1);
   return x;
 }
 
@@ -75,15 +75,17 @@ class Carried {
 // Adds up a chunk's parts of a gradient: those of the tiles of a head, head by head. Grid: slots of all axes, rows of
 // heads.
 FWP_KERNEL void add_parts(FWP_PARAMETER Problem p, Window window, Rows rows, Parts parts) {
-  const auto first_head = static_cast<unsigned>(block_index_y() * rows.group);
-  const Place c = Place::at(p, window, block_index_x() * static_cast<unsigned>(p.H) + first_head);
+  const int64_t first_head = block_index_y() * rows.group;
+  const HeadChunk c = HeadChunk::at(p, window, block_index_x() * static_cast<unsigned>(p.H));
   const int64_t left = c.s.length - c.t0, count = left < kChunk ? left : kChunk;
   if (left <= 0) return;
   for (int64_t i = thread_index(); i < count * parts.size; i += kThreads) {
     const int64_t t = i / parts.size, column = i % parts.size;
     float sum = 0;
-    for (int64_t part = c.index * parts.tiles; part < (c.index + rows.group) * parts.tiles; ++part)
-      sum += load_global(parts.numbers + part * kChunk * parts.size + i);
+    for (int64_t h = first_head; h < first_head + rows.group; ++h) {
+      for (int64_t tile = 0; tile < parts.tiles; ++tile)
+        sum += load_global(parts.numbers + parts.row(p, window, c.s, c.slot, h, tile) * parts.size + i);
+    }
     store_number(rows, row_at(rows, c.s, c.t0 + t, first_head) + column, sum);
   }
 }

@@ -5,30 +5,30 @@
 
 namespace fwp::cuda::chunk {
 
-// Gradients whose rows several heads or value tiles have a part of: theirs, by place [tiles][64][size], to be added up.
-// Otherwise nullptr.
+// Gradients whose rows several heads or value tiles have a part of, to be added up: each part by itself, in
+// [axis][H][tiles][tokens of the window][size]. Without numbers there is one part only, which is the gradient.
 struct Parts {
   float* numbers = nullptr;
   int64_t tiles = 1, size = 1;
 
-  static Parts take(Arena& arena, const Rows& rows, int64_t places, int64_t tiles, int64_t size) {
-    if (rows.data == nullptr || (rows.group == 1 && tiles == 1)) return {};
-    return {arena.take<float>(places * tiles * kChunk * size), tiles, size};
+  static Parts take(Arena& arena, const Problem& p, const Window& w, const Rows& sums, int64_t tiles, int64_t size) {
+    if (sums.data == nullptr || (sums.group == 1 && tiles == 1)) return {};
+    return {arena.take<float>(places(p, w) * tiles * kChunk * size), tiles, size};
   }
-  // Where columns [begin, end) of a chunk and head go; data == nullptr: nowhere.
-  FWP_DEVICE HeadRows rows(const Rows& sums, const Place& c, int64_t tile, int64_t begin, int64_t end) const {
-    if (sums.data == nullptr) return {};
-    if (numbers == nullptr) return HeadRows::of(sums, c.s, c.h, begin, end).from(c.t0, c.tokens());
-    float* const to = numbers + (c.index * tiles + tile) * kChunk * size + begin;
-    return {reinterpret_cast<char*>(to), size, c.tokens(), static_cast<int>(end - begin), DType::f32, size % 4 == 0};
+  // The row of the first token of the chunk in a slot.
+  FWP_DEVICE int64_t row(const Problem& p, const Window& w, const Sequence& s, int64_t slot, int64_t h,
+                         int64_t tile) const {
+    const int64_t axis = p.cu_seqlens != nullptr ? 0 : s.b;
+    return (((axis * p.H + h) * tiles + tile) * w.count + slot - w.begin) * kChunk;
   }
-  // From where a sequence's first chunk goes, where another one does.
-  FWP_DEVICE HeadRows from(const HeadRows& first, const Problem& p, int chunk, int tokens) const {
-    if (numbers == nullptr) return first.from(int64_t{chunk} * kChunk, tokens);
-    HeadRows to = first;
-    to.data += int64_t{chunk} * p.H * tiles * kChunk * size * 4;
-    to.count = tokens;
-    return to;
+  // Where a sequence, the first chunk of which has this slot, has its columns [begin, end) of a head, and in what.
+  FWP_DEVICE Rows rows(const Rows& sums) const {
+    return numbers == nullptr ? sums : Rows{numbers, DType::f32, 0, size, 0, 1};
+  }
+  FWP_DEVICE Place place(const Rows& sums, const Problem& p, const Window& w, const Sequence& s, int64_t slot,
+                         int64_t h, int64_t tile, int64_t begin, int64_t end) const {
+    if (numbers == nullptr) return Place::of(sums, s, h, begin, end);
+    return {(row(p, w, s, slot, h, tile) * size + begin) * 4, static_cast<int>(end - begin), size % 4 == 0};
   }
 };
 

@@ -186,7 +186,7 @@ FWP_DEVICE void store_result(const HeadRows& to, int m, int column, const Scores
 
 // The one number of row i, rounded once.
 FWP_DEVICE void store_one(const HeadRows& to, int i, float x) {
-  if (to.data != nullptr && i < to.count) store_number(Rows{to.data, to.dtype, 0, 0, 0, 1}, i * to.stride, x);
+  if (i < to.count) store_number(Rows{to.data, to.dtype, 0, 0, 0, 1}, i * to.stride, x);
 }
 
 // --- The kernel ---
@@ -201,16 +201,17 @@ FWP_DEVICE float sum_row(float x) {
 template <bool predicts, int D, int V>
 FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
   const Problem& p = x.p;
-  const Place c = Place::at(p, x.window, block_index_x());
+  const HeadChunk c = HeadChunk::at(p, x.window, block_index_x());
   if (c.t0 >= c.s.length || load_global(x.left + c.n * p.H + c.h) != 0) return;
   auto& shared = *static_cast<GradientShared<predicts, D, V>*>(shared_memory());
 
-  const int64_t tile = block_index_y(), first = tile * V, last = first + V < p.V ? first + V : p.V;
+  const int64_t place = block_index_x(), tile = block_index_y(), first = tile * V,
+                last = first + V < p.V ? first + V : p.V;
   const auto rows = [&](const Rows& from, int64_t begin, int64_t end) {
-    return HeadRows::of(from, c.s, c.h, begin, end).from(c.t0, c.tokens());
+    return HeadRows::from(from, Place::of(from, c.s, c.h, begin, end), c.t0, c.tokens());
   };
   const HeadRows q = rows(p.q, 0, p.K), k = rows(p.k, 0, p.K), d_o = rows(p.d_o, first, last);
-  const HeadRows e = predicts ? x.E.rows(c.index, first) : rows(p.v, first, last), de = x.dE.rows(c.index, first);
+  const HeadRows e = predicts ? x.E.rows(place, first) : rows(p.v, first, last), de = x.dE.rows(place, first);
   copy_rows<D, kGradientThreads>(q, shared.q);
   copy_rows<D, kGradientThreads>(k, shared.k);
   copy_rows<V, kGradientThreads>(e, shared.e);
@@ -218,7 +219,7 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
   if constexpr (predicts) copy_rows<V, kGradientThreads>(de, shared.de);
   commit_copies();
   if (const int i = thread_index(); i < kChunk) {
-    const double G = x.prepared.G != nullptr ? load_global(x.prepared.G + c.index * kChunk + i) : 0;
+    const double G = x.prepared.G != nullptr ? load_global(x.prepared.G + place * kChunk + i) : 0;
     const float high = static_cast<float>(G);
     store_shared(shared.G[0] + i, high);
     store_shared(shared.G[1] + i, static_cast<float>(G - static_cast<double>(high)));
@@ -229,9 +230,9 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
   wait_copies<0>();
   scale_rows<D, kGradientThreads>(q, shared.q, shared.q_up);
   scale_rows<D, kGradientThreads>(k, shared.k, shared.k_up);
-  scale_rows<V, kGradientThreads>(e, shared.e, shared.e_up, predicts ? x.E.up(c.index, first) : nullptr);
+  scale_rows<V, kGradientThreads>(e, shared.e, shared.e_up, predicts ? x.E.up(place, first) : nullptr);
   scale_rows<V, kGradientThreads>(d_o, shared.d_o, shared.d_o_up);
-  if constexpr (predicts) scale_rows<V, kGradientThreads>(de, shared.de, shared.de_up, x.dE.up(c.index, first));
+  if constexpr (predicts) scale_rows<V, kGradientThreads>(de, shared.de, shared.de_up, x.dE.up(place, first));
   sync_block();
 
   const int w = warp(), m = 16 * w, g = lane() / 4;
@@ -293,8 +294,11 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
   }
   if (!(most < kInfinite)) raise(x.left + c.n * p.H + c.h);
 
-  const HeadRows dq = x.dq.rows(p.dq, c, tile, 0, p.K), dk = x.dk.rows(p.dk, c, tile, 0, p.K);
-  const HeadRows dbeta_rows = x.dbeta.rows(p.dbeta, c, tile, 0, 1), dg_rows = x.dg.rows(p.dg, c, tile, 0, 1);
+  const auto result = [&](const Parts& parts, const Rows& sums, int64_t size) {
+    const int64_t first_slot = c.slot - c.t0 / kChunk;
+    return HeadRows::from(parts.rows(sums), parts.place(sums, p, x.window, c.s, first_slot, c.h, tile, 0, size), c.t0,
+                          c.tokens());
+  };
   const float to_end = of(shared.G[0], kChunk - 1);
   float read_decay[2], written[2], reads[2] = {}, writes[2] = {}, carried = 0;
   FWP_UNROLL for (int r = 0; r < 2; ++r) {
@@ -311,14 +315,14 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
       FWP_UNROLL for (int r = 0; r < 2; ++r) to[r] += dots[r] * of(up, m + g + 8 * r);
     };
     sync_block();
-    float state_up = load_state<V>(x.S.of(c.index, first), column, shared.state);
+    float state_up = load_state<V>(x.S.of(place, first), column, shared.state);
     sync_block();
     times_state<V>(part, shared.d_o, shared.state, m);
     row_factors(shared.d_o_up, read_decay, scale * state_up);
     scale_and_dot<D>(part, factor, shared.q, m, column, dots);
     add_dots(shared.q_up, reads);
     add_rows<D>(part, z_a, z_scale, shared.k, column, 0, w + 1);
-    if (dq.data != nullptr) store_result(dq, m, column, part);
+    if (p.dq.data != nullptr) store_result(result(x.dq, p.dq, p.K), m, column, part);
 
     if constexpr (predicts) {
       times_state<V>(sum, shared.de, shared.state, m);
@@ -329,8 +333,8 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
       clear(sum);
     }
     sync_block();
-    state_up = load_state<V>(x.D.of(c.index, first), column, shared.state);
-    if (p.dg.data != nullptr) carried += dot_state<V>(x.S.of(c.index, first), column, shared.state) * state_up;
+    state_up = load_state<V>(x.D.of(place, first), column, shared.state);
+    if (p.dg.data != nullptr) carried += dot_state<V>(x.S.of(place, first), column, shared.state) * state_up;
     sync_block();
     times_state<V>(part, shared.e, shared.state, m);
     row_factors(shared.e_up, written, state_up);
@@ -339,14 +343,14 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
     for_each(m, [&](int n, int r, int i, int) { sum[n][r] += part[n][r] * of(shared.beta, i); });
     add_rows<D>(sum, z_turned_a, z_turned_scale, shared.q, column, w, kBlocks);
     if constexpr (predicts) add_rows<D>(sum, y_a, y_scale, shared.k, column, 0, kBlocks);
-    if (dk.data != nullptr) store_result(dk, m, column, sum);
+    if (p.dk.data != nullptr) store_result(result(x.dk, p.dk, p.K), m, column, sum);
   }
 
   FWP_UNROLL for (int r = 0; r < 2; ++r) {
     const int i = m + g + 8 * r;
     writes[r] = sum_row(writes[r]);
     const float all = sum_row(dbeta[r]) + writes[r];
-    if (lane() % 4 == 0) store_one(dbeta_rows, i, all);
+    if (p.dbeta.data != nullptr && lane() % 4 == 0) store_one(result(x.dbeta, p.dbeta, 1), i, all);
   }
   if (p.dg.data == nullptr) return;
   FWP_UNROLL for (int r = 0; r < 2; ++r) {
@@ -365,7 +369,7 @@ FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
   FWP_UNROLL for (int i = 0; i < kChunk / 16; ++i) dg += load_shared(shared.carried + i);
   dg = dg * exp2f(to_end) + between;
   for (int i = 0; i < kChunk; ++i) dg += load_shared((i < t ? shared.writes : shared.reads) + i);
-  store_one(dg_rows, t, dg);
+  store_one(result(x.dg, p.dg, 1), t, dg);
 }
 
 }  // namespace fwp::cuda::chunk

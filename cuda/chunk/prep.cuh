@@ -47,21 +47,22 @@ struct Span {
             static_cast<int>(end),
             begin < end || (chunks == 0 && slot >= w.begin && last > 0)};
   }
-  FWP_DEVICE int64_t place(const Problem& p, const Window& w, int64_t chunk, int64_t h) const {
-    return (axis * w.count + slot + chunk - w.begin) * p.H + h;
+  // Of the sequence's first chunk, in the window or not; from chunk to chunk it is H more.
+  FWP_DEVICE int place(const Problem& p, const Window& w, int64_t h) const {
+    return static_cast<int>((axis * w.count + slot - w.begin) * p.H + h);
   }
 };
 
-// A chunk and head of a window. Where t0 is not in the sequence there is none.
-struct Place {
-  int64_t index, n, h, t0;
+// A chunk and head of a window, by place. Where t0 is not in the sequence there is none.
+struct HeadChunk {
+  int64_t n, h, t0, slot;
   Sequence s;
 
   FWP_DEVICE int tokens() const { return tokens_of_chunk(s, t0 / kChunk); }
-  FWP_DEVICE static Place at(const Problem& p, const Window& w, unsigned index) {
+  FWP_DEVICE static HeadChunk at(const Problem& p, const Window& w, unsigned place) {
     const auto heads = static_cast<unsigned>(p.H), count = static_cast<unsigned>(w.count);
-    const int64_t slot = w.begin + index / heads % count;
-    int64_t n = index / heads / count;
+    const int64_t slot = w.begin + place / heads % count;
+    int64_t n = place / heads / count;
     if (p.cu_seqlens != nullptr) {  // the last sequence that begins there or before
       int64_t high = p.N;
       for (n = 0; high - n > 1;) {
@@ -69,7 +70,7 @@ struct Place {
         (first_slot(p, middle) <= slot ? n : high) = middle;
       }
     }
-    return {index, n, index % heads, (slot - first_slot(p, n)) * kChunk, sequence(p, n)};
+    return {n, place % heads, (slot - first_slot(p, n)) * kChunk, slot, sequence(p, n)};
   }
 };
 

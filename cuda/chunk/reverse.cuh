@@ -106,24 +106,34 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
   auto& shared = *static_cast<ScanShared<channels>*>(shared_memory());
   Half* const d_o_tile = shared.v[warp()];
 
-  const int64_t first_place = fresh(span.place(p, x.window, 0, h)), beta = fresh(row_at(p.beta, s, 0, h));
-  const auto keys = HeadRows::of(p.k, s, h, 0, p.K), queries = HeadRows::of(p.q, s, h, 0, p.K);
-  const auto d_o = HeadRows::of(p.d_o, s, h, column, end_column);
-  const auto dv = x.dv.rows(p.dv, {first_place, n, h, 0, s}, 0, column, end_column);
-  const auto tokens = [&](int c) { return tokens_of_chunk(s, c); };
+  // What the loop does not change but needs now and then waits in shared memory: registers are short.
+  auto* const places = &shared.places[warp()];
+  if (lane() == 0) {
+    store_shared(&places->k, Place::of(p.k, s, h, 0, p.K));
+    store_shared(&places->q, Place::of(p.q, s, h, 0, p.K));
+    store_shared(&places->v, Place::of(p.d_o, s, h, column, end_column));
+    store_shared(&places->o, x.dv.place(p.dv, p, x.window, s, span.slot, h, 0, column, end_column));
+  }
+  sync_warp();
+  const int first_place = fresh(span.place(p, x.window, h));
+  const int64_t beta = fresh(row_at(p.beta, s, 0, h));
+  const auto rows = [&](const Rows& array, const Place* place, int c) {
+    return HeadRows::from(array, load_shared(place), int64_t{c} * kChunk, tokens_of_chunk(s, c));
+  };
   const auto copy_keys = [&](int c) {
     auto& stage = shared.stages[c % 2];
-    copy_rows<channels, kScanThreads>(keys.from(int64_t{c} * kChunk, tokens(c)), stage.k);
-    copy_rows<channels, kScanThreads>(queries.from(int64_t{c} * kChunk, tokens(c)), stage.q);
+    copy_rows<channels, kScanThreads>(rows(p.k, &places->k, c), stage.k);
+    copy_rows<channels, kScanThreads>(rows(p.q, &places->q, c), stage.q);
     commit_copies();
   };
   const auto copy_adjoints = [&](int c) {
-    copy_rows<kColumns, kWarpSize>(d_o.from(int64_t{c} * kChunk, tokens(c)), d_o_tile);
+    copy_rows<kColumns, kWarpSize>(rows(p.d_o, &places->v, c), d_o_tile);
     commit_copies();
   };
   const auto copy_T = [&](int c) {
     if constexpr (predicts)
-      copy_tile<kChunk, kChunk, kScanThreads>(x.prepared.T + (first_place + c * p.H) * kChunk * kChunk, shared.T);
+      copy_tile<kChunk, kChunk, kScanThreads>(x.prepared.T + (first_place + int64_t{c} * heads) * kChunk * kChunk,
+                                              shared.T);
     commit_copies();
   };
 
@@ -138,12 +148,13 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
   }
   for (int c = span.end - 1; c >= span.begin; --c) {
     const bool more = c > span.begin;
-    const int64_t place = first_place + c * p.H;
+    const int64_t place = first_place + int64_t{c} * heads;
     auto& stage = shared.stages[c % 2];
-    const Token token = load_token<predicts, gated>(p.beta, beta + int64_t{c} * kChunk * p.beta.t, tokens(c), x.prepared, place);
+    const Token token = load_token<predicts, gated>(p.beta, beta + int64_t{c} * kChunk * p.beta.t,
+                                                    tokens_of_chunk(s, c), x.prepared, place);
     wait_copies<0>();
-    most = larger(most, scale_rows<channels, kScanThreads>(keys.from(int64_t{c} * kChunk, tokens(c)), stage.k, stage.k_up));
-    most = larger(most, scale_rows<channels, kScanThreads>(queries.from(int64_t{c} * kChunk, tokens(c)), stage.q, stage.q_up));
+    most = larger(most, scale_rows<channels, kScanThreads>(rows(p.k, &places->k, c), stage.k, stage.k_up));
+    most = larger(most, scale_rows<channels, kScanThreads>(rows(p.q, &places->q, c), stage.q, stage.q_up));
     store_token<gated>(stage, token);
     sync_block();  // the chunk is there, and the one after it is no longer needed
     if (more) copy_keys(c - 1);
@@ -163,11 +174,11 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
       FWP_UNROLL for (int r = 0; r < 4; ++r) y[i][r] *= strength[r % 2];
     }
     if constexpr (predicts) most = larger(most, solve_adjoint(y, stage, shared.T));
-    if (dv.data != nullptr && column < V) {
-      const HeadRows to = x.dv.from(dv, p, c, tokens(c));
+    if (p.dv.data != nullptr) {
+      const HeadRows dv = rows(x.dv.rows(p.dv), &places->o, c);
       FWP_UNROLL for (int i = 0; i < 8; ++i) {
-        float rounded[4] = {y[i][0], y[i][1], y[i][2], y[i][3]};
-        store_turned(to, 8 * i, rounded);
+        float copy[4] = {y[i][0], y[i][1], y[i][2], y[i][3]};
+        dv.dtype == DType::f32 ? store_turned(dv, 8 * i, copy) : store_turned_halves(dv, 8 * i, copy);
       }
     }
     if constexpr (predicts) {

@@ -69,7 +69,7 @@ struct SavedRows {
     FWP_UNROLL for (int n = 0; n < kChunk / 8; ++n) {
       float y[4];
       FWP_UNROLL for (int r = 0; r < 4; ++r) y[r] = x[n][r] * scale.down;
-      store_turned(rows(place, column), 8 * n, y);
+      store_turned_halves(rows(place, column), 8 * n, y);
     }
   }
 };

@@ -41,7 +41,7 @@ struct ScanShared {
   Half v[kWarps][kChunk * kColumns];
   float P_up[kChunk];
   struct {
-    HeadColumns k, q, v, o;
+    Place k, q, v, o;
   } places[kWarps];
 };
 
@@ -240,7 +240,8 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
   const Sequence s = sequence(p, n);
   const Span span = Span::of(p, x.window, n, s);
   if (!span.here) return;
-  const int64_t first_place = fresh(span.place(p, x.window, 0, h)), beta = fresh(row_at(p.beta, s, 0, h));
+  const int first_place = fresh(span.place(p, x.window, h));
+  const int64_t beta = fresh(row_at(p.beta, s, 0, h));
   const int64_t column = int64_t{tile} * kValueTile + warp() * kColumns;
   const int64_t end_column = column + kColumns < p.V ? column + kColumns : p.V;
   auto& shared = *static_cast<ScanShared<D>*>(shared_memory());
@@ -249,14 +250,14 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
   // What the loop does not change but needs now and then waits in shared memory: registers are short.
   auto* const places = &shared.places[warp()];
   if (lane() == 0) {
-    store_shared(&places->k, HeadColumns::of(p.k, s, h, 0, p.K));
-    store_shared(&places->q, HeadColumns::of(p.q, s, h, 0, p.K));
-    store_shared(&places->v, HeadColumns::of(p.v, s, h, column, end_column));
-    store_shared(&places->o, HeadColumns::of(p.o, s, h, column, end_column));
+    store_shared(&places->k, Place::of(p.k, s, h, 0, p.K));
+    store_shared(&places->q, Place::of(p.q, s, h, 0, p.K));
+    store_shared(&places->v, Place::of(p.v, s, h, column, end_column));
+    store_shared(&places->o, Place::of(p.o, s, h, column, end_column));
   }
   sync_warp();
-  const auto rows = [&](const Rows& array, const HeadColumns* place, int c) {
-    return load_shared(place).rows(array, int64_t{c} * kChunk, tokens_of_chunk(s, c));
+  const auto rows = [&](const Rows& array, const Place* place, int c) {
+    return HeadRows::from(array, load_shared(place), int64_t{c} * kChunk, tokens_of_chunk(s, c));
   };
   const auto copy_keys = [&](int c) {
     auto& stage = shared.stages[c % 2];
@@ -308,8 +309,8 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
     if (more) copy_values(c + 1);
     if constexpr (predicts) most = larger(most, solve(e, stage, shared.T));
     if (!output && x.S.numbers != nullptr && column < x.S.columns) {
-      x.S.of(first_place + c * p.H, column).template store<D>(S_a, S_scale);
-      if constexpr (predicts) x.E.store(first_place + c * p.H, column, e);
+      x.S.of(first_place + int64_t{c} * heads, column).template store<D>(S_a, S_scale);
+      if constexpr (predicts) x.E.store(first_place + int64_t{c} * heads, column, e);
     }
     sync_block();  // P is there, and T' is no longer needed
     if (more) copy_T(c + 1);

@@ -92,19 +92,33 @@ FWP_DEVICE int at(int row, int column) {
   return row * D + ((column / 8) ^ (row / rows_per_line & mask)) * 8 + column % 8;
 }
 
-// Tokens of an array in global memory that a head reads or writes: some of their columns.
+// Where a head has its rows in an array, or some of their columns.
+struct alignas(16) Place {
+  int64_t offset;  // in bytes
+  int columns;
+  int wide;  // whether all rows begin at multiples of 16 bytes
+
+  FWP_DEVICE static Place of(const Rows& rows, const Sequence& s, int64_t h, int64_t first_column, int64_t end_column) {
+    const int64_t size = rows.dtype == DType::f32 ? 4 : 2;
+    const int64_t offset = size * (row_at(rows, s, 0, h) + first_column);
+    const bool wide =
+        (reinterpret_cast<uintptr_t>(rows.data) + static_cast<uintptr_t>(offset)) % 16 == 0 && rows.t * size % 16 == 0;
+    return {offset, static_cast<int>(end_column - first_column), wide};
+  }
+};
+
+// Some tokens of them.
 struct HeadRows {
   char* data;
   int64_t stride;  // in numbers
   int count, columns;
   DType dtype;
-  int wide;  // whether all rows begin at multiples of 16 bytes
+  int wide;
 
-  // Of a whole sequence; from() says which of its tokens.
-  FWP_DEVICE static HeadRows of(const Rows& rows, const Sequence& s, int64_t h, int64_t first_column,
-                                int64_t end_column);
-  FWP_DEVICE HeadRows from(int64_t t, int tokens) const {
-    return {data + t * stride * (dtype == DType::f32 ? 4 : 2), stride, tokens, columns, dtype, wide};
+  FWP_DEVICE static HeadRows from(const Rows& rows, const Place& place, int64_t first_token, int count) {
+    const int64_t size = rows.dtype == DType::f32 ? 4 : 2;
+    char* const data = static_cast<char*>(rows.data) + (place.offset + first_token * rows.t * size);
+    return {data, rows.t, count, place.columns, rows.dtype, place.wide};
   }
   // How many of `most` numbers from a column on are there.
   FWP_DEVICE int room(int column, int most) const {
@@ -116,30 +130,6 @@ struct HeadRows {
     return reinterpret_cast<X*>(data) + row * stride + column;
   }
 };
-
-// The part of HeadRows that is not the array's own: what a kernel may lay aside in shared memory.
-struct alignas(16) HeadColumns {
-  int64_t offset;  // in bytes
-  int columns, wide;
-
-  FWP_DEVICE static HeadColumns of(const Rows& rows, const Sequence& s, int64_t h, int64_t first_column,
-                                   int64_t end_column) {
-    const int64_t size = rows.dtype == DType::f32 ? 4 : 2;
-    const int64_t offset = size * (row_at(rows, s, 0, h) + first_column);
-    const bool wide =
-        (reinterpret_cast<uintptr_t>(rows.data) + static_cast<uintptr_t>(offset)) % 16 == 0 && rows.t * size % 16 == 0;
-    return {offset, static_cast<int>(end_column - first_column), wide};
-  }
-  FWP_DEVICE HeadRows rows(const Rows& of, int64_t first_token, int tokens) const {
-    const HeadRows all{static_cast<char*>(of.data) + offset, of.t, 0, columns, of.dtype, wide};
-    return all.from(first_token, tokens);
-  }
-};
-FWP_DEVICE HeadRows HeadRows::of(const Rows& rows, const Sequence& s, int64_t h, int64_t first_column,
-                                 int64_t end_column) {
-  const HeadColumns place = HeadColumns::of(rows, s, h, first_column, end_column);
-  return HeadColumns{fresh(place.offset), place.columns, fresh(place.wide)}.rows(rows, 0, 0);
-}
 
 // The pieces of a thread in a tile [rows][D] that the threads of a block, or of a warp (threads = 32), share: of one
 // column, some rows apart.

@@ -4,6 +4,9 @@
 #define FWP_KERNEL __global__
 #define FWP_DEVICE __device__ __forceinline__
 #define FWP_PARAMETER const __grid_constant__
+#define FWP_UNROLL _Pragma("unroll")
+#define FWP_PRAGMA(text) _Pragma(#text)
+#define FWP_UNROLL_BY(n) FWP_PRAGMA(unroll n)
 
 namespace fwp::cuda {
 
@@ -131,5 +134,10 @@ FWP_DEVICE uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
+
+FWP_DEVICE float exponential(float x) { return expf(x); }
+FWP_DEVICE double exponential(double x) { return exp(x); }
+FWP_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+FWP_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
 
 }  // namespace fwp::cuda

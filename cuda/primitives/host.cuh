@@ -2,6 +2,7 @@
 // line.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -10,6 +11,8 @@
 #define FWP_KERNEL
 #define FWP_DEVICE inline
 #define FWP_PARAMETER const
+#define FWP_UNROLL _Pragma("GCC unroll 32")
+#define FWP_UNROLL_BY(n)
 // The last parameters of a primitive, and what they make.
 #define FWP_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define FWP_AT(name) (simt::Site{name, file, line})
@@ -189,6 +192,11 @@ inline uint32_t to_tf32(float x) {  // nearest, ties away from zero
   if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
   return (bits + 0x1000u) & 0xffffe000u;
 }
+
+inline float exponential(float x) { return std::exp(x); }
+inline double exponential(double x) { return std::exp(x); }
+inline float square_root(float x) { return std::sqrt(x); }
+inline double square_root(double x) { return std::sqrt(x); }
 
 namespace detail {
 

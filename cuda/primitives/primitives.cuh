@@ -3,6 +3,7 @@
 //
 //   FWP_KERNEL FWP_DEVICE                    before a kernel, before a function of kernels
 //   FWP_PARAMETER                            before the type of a struct that is a kernel's parameter
+//   FWP_UNROLL                               before a loop whose variables shall be registers
 //   thread_index() block_index_x() .. block_threads() lane() warp()
 //   shared_memory()                          dynamic shared memory of the block, aligned to 16 bytes
 //   fresh(x)                                 x, an integer or a pointer, hidden from the compiler: in a loop, what
@@ -28,6 +29,7 @@
 //   pack_half(lo, hi) pack_bfloat(lo, hi)    two rounded numbers in 32 bits, lo in the lower half
 //   unpack_half(x, i) unpack_bfloat(x, i)
 //   to_tf32(x)                               the bits of x rounded to 10 bits of mantissa
+//   exponential(x) square_root(x)            float and double; to an ulp or two, correctly rounded
 #pragma once
 
 #include <cstdint>

@@ -15,8 +15,9 @@ void forward(const Problem& p, void* workspace, const int32_t* only, Queue& queu
 size_t backward_workspace(const Problem& p);
 void backward(const Problem& p, void* workspace, const int32_t* only, Queue& queue);
 
-// Decoding: h0 is hT, updated in place; p.state_indices.
-void step(const Problem& p, Queue& queue);
+// Decoding: a scan whose states, h0 and hT, are the same, those of p.state_indices where that is given.
+size_t step_workspace(const Problem& p);
+void step(const Problem& p, void* workspace, Queue& queue);
 
 // Probes of every token and head, problem.o.
 void diagnose(const Problem& p, Queue& queue);

@@ -26,7 +26,7 @@ ArrayT = TypeVar("ArrayT")
 
 # FWP_MAP_... of fwp.h
 _RELU, _ELU1, _SOFTMAX, _DPFP, _FAVOR = range(1, 6)
-_PROJECTION_DTYPES = (np.float32, np.float64)
+_PROJECTION_DTYPES = ("float32", "float64")
 
 
 def _integer(name: str, value: int, least: int) -> int:
@@ -64,9 +64,8 @@ class FeatureMap(_core.FeatureMap):
         given = parameters.projection
         super().__init__(*parameters[:-1], described(given))
         held = _core.feature_parameters(self)[2]
-        copied = isinstance(held, np.ndarray) and not (
-            isinstance(given, np.ndarray) and np.may_share_memory(given, held)
-        )
+        in_place = isinstance(given, np.ndarray) and np.may_share_memory(given, held)
+        copied = not in_place and not isinstance(held, _core.AbstractArray)
         self._parameters = parameters._replace(projection=held) if copied else parameters
 
     def dim(self, n: int) -> int:
@@ -206,8 +205,8 @@ class FAVOR(FeatureMap):
     projection : ndarray [m, n]
         The directions R, float32 (float64 where x is). They are read at every call, where they are; those
         whose last axis is not contiguous, and arrays of others than NumPy and JAX, are copied, once. A JAX
-        array, which may be traced, is for JAX arrays only; a tensor of torch must require no gradient. See
-        :func:`orthogonal_gaussian`.
+        array, which may be traced, is for JAX arrays only; a tensor of torch must require no gradient. For
+        arrays on a CUDA device it is one there. See :func:`orthogonal_gaussian`.
     eps : float
         Added to every exponential, so that no row of features is all zero.
     """
@@ -222,7 +221,7 @@ class FAVOR(FeatureMap):
         if not 0 <= eps < np.inf:
             raise ArgumentError(f"eps: expected a finite number of 0 or more, got {eps}")
         super().__init__(Parameters(_FAVOR, eps=float(eps), projection=projection))
-        shape, dtype = self.projection.shape, self.projection.dtype
+        shape, dtype = tuple(self.projection.shape), str(self.projection.dtype).rpartition(".")[2]
         if dtype not in _PROJECTION_DTYPES:
             raise DTypeError(f"projection: expected dtype float32 or float64, got {dtype}")
         if len(shape) != 2 or shape[0] == 0:
@@ -266,7 +265,7 @@ def orthogonal_gaussian(
     projection : ndarray [m, n]
     """
     m, n = _integer("m", m, 0), _integer("n", n, 0)
-    if np.dtype(dtype) not in _PROJECTION_DTYPES:
+    if np.dtype(dtype).name not in _PROJECTION_DTYPES:
         raise DTypeError(f"dtype: expected float32 or float64, got {np.dtype(dtype)}")
     rng = np.random.default_rng(seed)
     groups = [_rotation(rng, n) for _ in range(0, m, max(n, 1))]

@@ -125,7 +125,10 @@ def delta_rule(
     ShapeError, DTypeError, ArgumentError, ReadOnlyError
         For the first argument that is wrong, before anything is computed or written. Nothing is cast.
     DeviceError, UnsupportedError
-        For an array that is not in the CPU's memory, or does not hand it out.
+        For an array that is not where q is, on the CPU or a CUDA device that can be used, or that does not
+        hand out its memory.
+    CudaError
+        For a failure on a device, and for wrong ``cu_seqlens`` there, which the next call reports.
     MemoryError, KeyboardInterrupt
         An interrupted call leaves ``out`` and ``final_state_out`` with unspecified contents.
 
@@ -135,6 +138,9 @@ def delta_rule(
     contiguous is copied once. Any size may be 0. The result is the same, bit for bit, for every number of
     threads, memory layout and batch around a sequence. The GIL is released. Cost: 6 K V flops per token and
     head, and memory for the results and about one state per thread.
+
+    A call runs where q is. On a CUDA device all arrays are on that, but for ``cu_seqlens``, which may be on
+    the CPU; the work is put on the current stream of their framework, and the call returns before it is done.
 
     float16 and bfloat16 are ways to store: all sums are float32, and each result is that of float32 arrays of
     the same values, rounded once, to nearest even. What float16 cannot hold, beyond 65504, becomes infinite.
@@ -367,7 +373,7 @@ def vjp(
     if _core.isa() != level:
         checkpoints = None
     if cu_seqlens is not None:
-        cu_seqlens = _core.to_integers("cu_seqlens", cu_seqlens)
+        cu_seqlens = _core.kept_integers("cu_seqlens", cu_seqlens)
 
     def pullback(do: ArrayT, dfinal_state: ArrayT | None = None, out: Gradients | None = None) -> Gradients:
         kept = checkpoints if _core.isa() == level else None

@@ -91,8 +91,8 @@ struct Options {
   bool attention_norm = false;
   double eps = 1e-6, scale = 1;
   Layout layout = Layout::bthk;
-  bool wide_keys = false;   // q, k, dq and dk of the accumulation type
-  bool wide_gates = false;  // beta, g and their gradients
+  bool wide_keys = false;    // q, k, dq and dk of the accumulation type
+  bool float_gates = false;  // beta, g and their gradients float32
   unsigned seed = 1;
 };
 
@@ -129,7 +129,7 @@ class Case {
     V = of.V;
     B = packed ? 1 : N;
     const DType wide = fwp::accumulation(of.dtype), keys = of.wide_keys ? wide : of.dtype;
-    const DType gates = of.wide_gates ? wide : of.dtype;
+    const DType gates = of.float_gates ? DType::f32 : of.dtype;
     const int64_t gate = of.decay == Decay::channel ? K : of.decay == Decay::scalar ? 1 : 0;
     q = dq = rows(keys, H / of.q_group, K);
     k = dk = rows(keys, H / of.k_group, K);

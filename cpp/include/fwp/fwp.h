@@ -320,6 +320,11 @@ FWP_API void fwp_empty_cache(void) FWP_NOEXCEPT;
  * NULL and leaves a message. */
 FWP_API void* fwp_device_allocate(int device, size_t bytes, void* stream) FWP_NOEXCEPT;
 FWP_API void fwp_device_free(int device, void* memory, void* stream) FWP_NOEXCEPT;
+/* Copies between memory of the device and of the host, or within either, in the order of a stream. A copy into memory
+ * that malloc made is done when the call returns. */
+FWP_API int fwp_device_copy(int device, void* to, const void* from, size_t bytes, void* stream) FWP_NOEXCEPT;
+/* What is put on the stream `to` from now on waits for what is on the stream `from`; the call does not. */
+FWP_API int fwp_device_wait(int device, void* from, void* to) FWP_NOEXCEPT;
 
 /* State of the CUDA back end, a library of its own that is opened at first use (libfwp_core_cuda beside this one, or
  * FWP_CUDA_PLUGIN), in words: "available"; "emulated" on the host, for tests; else why it cannot be used, as "not

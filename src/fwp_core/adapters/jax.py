@@ -73,7 +73,8 @@ def delta_rule(
     ShapeError, DTypeError, ArgumentError
         As there, when the call is traced.
     DeviceError
-        For an array that is not on the CPU.
+        For an array that is on neither the CPU nor a CUDA device that can be used, and for arrays of several
+        devices.
     ReadOnlyError
         For ``out`` and ``final_state_out``.
     UnsupportedError
@@ -367,7 +368,7 @@ def _required(function: str) -> tuple[str, ...]:
 
 
 def _operands(arrays: dict[str, Any], required: tuple[str, ...], **names: str) -> Operands:
-    """Return those that are there: JAX arrays on one CPU device, or traced. ``names``: for messages."""
+    """Return those that are there: JAX arrays on one device, or traced. ``names``: for messages."""
     for name, x in arrays.items():
         if not isinstance(x, jax.Array) and (x is not None or name in required):
             raise DTypeError(f"{names.get(name, name)}: expected a jax.Array, got {_kind(x)}")
@@ -377,10 +378,7 @@ def _operands(arrays: dict[str, Any], required: tuple[str, ...], **names: str) -
         if isinstance(x, jax.core.Tracer):
             continue
         devices = x.devices()
-        if any(device.platform != "cpu" for device in devices):
-            raise DeviceError(
-                f"{names.get(name, name)}: expected an array on the CPU, got one on {_list(devices)}"
-            )
+        _check_platform(names.get(name, name), devices)
         if x.committed:
             home = home or devices
             if devices != home:
@@ -389,6 +387,18 @@ def _operands(arrays: dict[str, Any], required: tuple[str, ...], **names: str) -
                     f"got one on {_list(devices)}"
                 )
     return operands
+
+
+def _check_platform(name: str, devices: set[Any]) -> None:
+    platforms = {device.platform for device in devices}
+    if not platforms <= {"cpu", "gpu", "cuda"}:
+        raise DeviceError(
+            f"{name}: expected an array on the CPU or a CUDA device, got one on {_list(devices)}"
+        )
+    if platforms != {"cpu"} and (state := _core.cuda_state()) not in ("available", "emulated"):
+        raise DeviceError(
+            f"{name}: expected an array on the CPU, since CUDA is {state}, got one on {_list(devices)}"
+        )
 
 
 def _list(devices: set[Any]) -> str:

@@ -18,12 +18,13 @@ _KEPT = ("checkpoints", "level")
 
 
 def forward(call: Call, operands: Arrays, keep: bool) -> tuple[tuple[Array, Array], dict[str, Array]]:
-    """Return (o, final_state) and what backward can use of this forward pass, nothing of packed sequences.
+    """Return (o, final_state) and what backward can use of this forward pass.
 
-    How many checkpoints those have depends on their lengths, which may be traced.
+    That is nothing of packed sequences, which have as many checkpoints as their lengths, which may be traced,
+    say, and nothing on other devices than the CPU, where backward makes its own.
     """
     results = {name: call.spec(name) for name in ("o", "final_state")}
-    if keep and "cu_seqlens" not in operands:
+    if keep and "cu_seqlens" not in operands and jax.default_backend() == "cpu":
         results |= {"checkpoints": call.spec("checkpoints"), "level": LEVEL}
     made = custom_call(call, "", operands, results)
     return (made["o"], made["final_state"]), {name: made[name] for name in _KEPT if name in made}

@@ -78,8 +78,9 @@ _lock = threading.Lock()
 @functools.cache
 def _registered() -> None:
     jax.devices()
-    for name, handler in _core.xla_targets().items():
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    for platform in ("cpu", "CUDA"):
+        for name, handler in _core.xla_targets(platform).items():
+            jax.ffi.register_ffi_target(name, handler, platform=platform)
 
 
 def custom_call(

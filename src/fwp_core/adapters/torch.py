@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..feature_maps import FeatureMap, Parameters
 from ..ops import Gradients, QKNorm
 from . import torch_ops
 from .torch_autograd import refuse_forward_mode, scan
-from .torch_call import STEPS, Call, parameters
+from .torch_call import STEPS, Call, Offsets, parameters
 
 Integers: TypeAlias = Any  # a sequence, or an array of any framework
 Pullback: TypeAlias = Callable[..., Gradients]
@@ -59,7 +60,9 @@ def delta_rule(
         As there. Under ``torch.compile`` the map is to be made outside the compiled function. The projection
         of FAVOR, a tensor or a NumPy array, gets no gradient; a tensor that requires one is an error.
     cu_seqlens : sequence of N+1 integers, or integer array of any framework, optional
-        As there. ``torch.compile`` makes a new graph for another N, not for other lengths in a tensor.
+        As there. ``torch.compile`` makes a new graph for another N, not for other lengths in a tensor. Those
+        in a tensor on a CUDA device are read there: nothing waits for them, and wrong ones are a CudaError of
+        the next call.
     out, final_state_out : Tensor, optional
         As there, where no input requires a gradient; not under ``torch.compile``.
 
@@ -70,7 +73,7 @@ def delta_rule(
 
     Raises
     ------
-    ShapeError, DTypeError, ArgumentError, DeviceError
+    ShapeError, DTypeError, ArgumentError, DeviceError, CudaError
         As there. Subclasses of Tensor, fake and meta tensors, and arrays of other frameworks are refused.
     UnsupportedError
         For forward-mode derivatives, tensors that are sparse, and ``out`` with gradients.
@@ -79,6 +82,9 @@ def delta_rule(
     -----
     ``torch.func.vmap`` folds its axis into B, or, for packed sequences, into T: one call of the kernel.
     Inputs must not be changed in place before backward, which raises RuntimeError then.
+
+    The work of tensors on a CUDA device is put on the current stream there, and its memory is that of torch's
+    allocator. Calls can be captured in CUDA graphs.
     """
     options = ("delta_rule", feature_map, qk_norm, attention_norm, eps, scale)
     return _scan((q, k, v, beta, g, initial_state), options, cu_seqlens, out, final_state_out)
@@ -250,12 +256,15 @@ def diagnose(
     cu_seqlens: Integers | None = None,
     **options: Any,
 ) -> diagnostics.Diagnostics:
-    """Return the probes of :func:`fwp_core.diagnose`, NumPy arrays on the CPU, whatever the tensors."""
+    """Return the probes of :func:`fwp_core.diagnose`, NumPy arrays, measured where the tensors are."""
     rule = getattr(ops, _rule(fn))
     _check_options(None, options.get("eps"), options.get("scale"))
-    *arrays, initial_state = (_numpy(x) for x in _plain(_INPUTS, (q, k, v, beta, g, initial_state)))
-    lengths = _lengths(cu_seqlens)
-    return diagnostics.diagnose(rule, *arrays, initial_state=initial_state, cu_seqlens=lengths, **options)
+    *arrays, initial_state = (_precise(x) for x in _plain(_INPUTS, (q, k, v, beta, g, initial_state)))
+    measure = inspect.unwrap(diagnostics.diagnose)  # what takes any array
+    found: diagnostics.Diagnostics = measure(
+        rule, *arrays, initial_state=initial_state, cu_seqlens=_lengths(cu_seqlens), **options
+    )
+    return found
 
 
 def described(projection: Tensor) -> Tensor:
@@ -270,7 +279,7 @@ def described(projection: Tensor) -> Tensor:
 
 def count(cu_seqlens: Integers) -> int:
     """How many offsets there are."""
-    if not _traced():
+    if not _traced() and not _on_device(cu_seqlens):
         return len(_lengths(cu_seqlens) or ())
     integers = _integers("cu_seqlens", cu_seqlens)
     return 0 if integers is None else integers.shape[0]
@@ -308,7 +317,9 @@ def _scan(
     inputs = _autocast(tuple(map(_checked, _INPUTS, inputs)))
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     call = Call(*(*options, _lengths(cu_seqlens), _core.isa() if differentiated else None))
-    o, final_state, _ = scan(call, *inputs)
+    # Function.apply takes longer than all else in a call that decodes a token.
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    o, final_state, _ = scan(call, *inputs) if differentiated or transformed else call.forward(inputs)
     return o, final_state
 
 
@@ -467,10 +478,13 @@ def _check_projection(projection: Any) -> None:
         )
 
 
-def _lengths(cu_seqlens: Integers | None) -> Sequence[int] | None:
-    """Integers that a later change of the caller's array does not touch."""
+def _lengths(cu_seqlens: Integers | None) -> Offsets | None:
+    """Integers that a later change of the caller's array does not touch; those of a device stay there."""
     if cu_seqlens is None:
         return None
+    if _on_device(cu_seqlens):
+        _check_axes("cu_seqlens", cu_seqlens)
+        return cu_seqlens.clone()
     integers = _core.to_integers("cu_seqlens", cu_seqlens)
     _check_axes("cu_seqlens", integers)
     return tuple(integers.tolist())
@@ -482,11 +496,13 @@ def _check_axes(name: str, integers: Any) -> None:
         raise ShapeError(f"{name}: expected shape {expected}, got {tuple(integers.shape)}")
 
 
-def _numpy(x: Tensor | None) -> Any:
+def _on_device(x: object) -> TypeGuard[Tensor]:
+    return isinstance(x, Tensor) and x.device.type != "cpu"
+
+
+def _precise(x: Tensor | None) -> Tensor | None:
     """In the precision of the states: nothing is rounded."""
-    if x is None:
-        return None
-    return (x if x.dtype == torch.float64 else x.float()).numpy(force=True)
+    return x if x is None or x.dtype == torch.float64 else x.float()
 
 
 def _autocast(inputs: Any) -> Any:

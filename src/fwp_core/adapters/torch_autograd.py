@@ -43,7 +43,7 @@ class Scan(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, call: Call, *inputs: Tensor | None) -> Any:
         fold = Fold(info.batch_size, call.cu_seqlens is not None)
         folded = fold.inputs(inputs, in_dims[1:])
-        o, final_state, checkpoints = scan(call.repeated(fold.size), *folded)
+        o, final_state, checkpoints = scan(call.repeated(fold.size, folded), *folded)
         # Checkpoints of all together are of no use to one: backward makes its own.
         return (fold.open(o), fold.open_state(final_state), checkpoints.new_empty(0)), (0, 0, None)
 
@@ -99,7 +99,7 @@ class ScanGradients(torch.autograd.Function):
         fold = Fold(info.batch_size, call.cu_seqlens is not None)
         folded = fold.inputs(inputs, in_dims[4:])
         do, dfinal_state = fold.close(do, in_dims[1]), fold.close_state(dfinal_state, in_dims[2])
-        call = call.repeated(fold.size)
+        call = call.repeated(fold.size, folded)
         gradients = fold.open_all(scan_gradients(call, do, dfinal_state, None, *folded), inputs)
         return gradients, (0,) * len(gradients)
 
@@ -184,5 +184,5 @@ def _recurrence(call: Call, *inputs: Any) -> tuple[Tensor, Tensor]:
         call.scale,
     )
     q, k, v, beta, g, initial_state = (None if x is None else x.to(wide) for x in inputs)
-    o, final_state = recurrence.scan(torch, rule, q, k, v, beta, g, initial_state, call.cu_seqlens)
+    o, final_state = recurrence.scan(torch, rule, q, k, v, beta, g, initial_state, call.lengths())
     return o.to(inputs[2].dtype), final_state

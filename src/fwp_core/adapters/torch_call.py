@@ -22,6 +22,7 @@ STEPS: dict[str, Kernel] = {
     "delta_rule": _core.delta_rule_step,
 }
 Inputs = tuple[Any, ...]  # q, k, v, beta, g, initial_state
+Offsets = Sequence[int] | Tensor  # cu_seqlens; a tensor on a device, so that nothing waits for it
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +35,7 @@ class Call:
     attention_norm: bool
     eps: float
     scale: float
-    cu_seqlens: Sequence[int] | None
+    cu_seqlens: Offsets | None
     level: str | None = None  # the instruction set level that checkpoints are kept for, None: none are kept
 
     def forward(
@@ -68,16 +69,30 @@ class Call:
         )
         return gradients
 
-    def repeated(self, count: int) -> Call:
-        """The call for ``count`` times the sequences: one behind the other if they are packed."""
+    def repeated(self, count: int, folded: Inputs) -> Call:
+        """The call for the ``count`` times the sequences of these inputs, one behind the other if packed."""
         if self.cu_seqlens is None:
             return self
+        if isinstance(self.cu_seqlens, Tensor):
+            return replace(self, cu_seqlens=repeated(self.cu_seqlens, count, folded))
         tokens = self.cu_seqlens[-1]
         ends = [n * tokens + end for n in range(count) for end in self.cu_seqlens[1:]]
         return replace(self, cu_seqlens=(0, *ends))
 
+    def lengths(self) -> Sequence[int] | None:
+        """cu_seqlens as plain integers."""
+        if isinstance(self.cu_seqlens, Tensor):
+            return tuple(self.cu_seqlens.tolist())
+        return self.cu_seqlens
+
     def _options(self) -> tuple[Any, ...]:
         return self.feature_map, self.qk_norm, self.attention_norm, self.eps, self.scale
+
+
+def repeated(cu_seqlens: Tensor, count: int, folded: Inputs) -> Tensor:
+    """The offsets of ``count`` times the sequences, which fill the T of these inputs."""
+    starts = torch.arange(count, device=cu_seqlens.device)[:, None] * (folded[0].shape[1] // count)
+    return torch.cat([cu_seqlens[:1], (starts + cu_seqlens[1:]).flatten()])
 
 
 def _resolved(x: Any) -> Any:

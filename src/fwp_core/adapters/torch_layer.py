@@ -130,7 +130,7 @@ class FastWeightAttention(nn.Module):
         self.state_keys = feature_map.dim(self.key_size) if feature_map else self.key_size
         projection = feature_map.projection if isinstance(feature_map, FAVOR) else None
         factory = {"device": device, "dtype": dtype or torch.get_default_dtype()}
-        buffer = None if projection is None else torch.tensor(projection, **factory)
+        buffer = None if projection is None else torch.as_tensor(projection).to(**factory, copy=True)
         self.register_buffer("projection", buffer)
         self._make(output_norm, output_gate, factory)
         self.reset_parameters()

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from .. import _core
 from ..feature_maps import Parameters
 from .torch_autograd import Fold, refuse_forward_mode
-from .torch_call import STEPS, Call, Inputs, no_gradient
+from .torch_call import STEPS, Call, Inputs, no_gradient, repeated
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g"
 _OPTIONS = (
@@ -69,8 +69,7 @@ def _step_shapes(*arguments: Any) -> Tensor:
 def _parse(arguments: tuple[Any, ...]) -> tuple[Inputs, Call]:
     _refuse_tangents()
     inputs, cu_seqlens, (rule, *parameters) = arguments[:6], arguments[6], arguments[7:]
-    lengths = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    return inputs, Call(*(rule, _feature_map(*parameters[:4]), *parameters[4:], lengths))
+    return inputs, Call(*(rule, _feature_map(*parameters[:4]), *parameters[4:], cu_seqlens))
 
 
 def _feature_map(kind: int, nu: int, eps: float, projection: Tensor | None) -> _core.FeatureMap | None:
@@ -118,11 +117,7 @@ def _backward_vmap(
 
 
 def _repeated(cu_seqlens: Tensor | None, count: int, folded: Inputs) -> Tensor | None:
-    """``Call.repeated``, for lengths that are data."""
-    if cu_seqlens is None or folded[0] is None:
-        return None
-    starts = torch.arange(count)[:, None] * (folded[0].shape[1] // count)
-    return torch.cat([cu_seqlens[:1], (starts + cu_seqlens[1:]).flatten()])
+    return None if cu_seqlens is None else repeated(cu_seqlens, count, folded)
 
 
 scan = torch.library.custom_op(

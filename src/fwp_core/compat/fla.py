@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._core import ArgumentError, DTypeError, ShapeError, UnsupportedError
-from ..torch import delta_rule, delta_rule_step, linear_attention, linear_attention_step
+from ..torch import delta_rule, linear_attention
 
 __all__ = [
     "chunk_delta_rule",
@@ -552,12 +552,7 @@ class _Inputs(NamedTuple):
     gv: Tensor | None = None  # [B,T,H,V]
 
 
-# Of sequences, and of tokens of a sequence in one pass over its state.
-_RULES: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]] = {
-    "delta": (delta_rule, delta_rule_step),
-    "linear": (linear_attention, linear_attention_step),
-}
-_STEP_TOKENS = 24
+_RULES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"delta": delta_rule, "linear": linear_attention}
 
 # (inputs, initial_state, cu_seqlens) -> (o, final_state)
 _Scan = Callable[[_Inputs, State, Tensor | None], tuple[Tensor, Tensor]]
@@ -600,15 +595,9 @@ def _run(
 def _scan(
     rule: str, options: Mapping[str, Any], x: _Inputs, state: State, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    scan, step = _RULES[rule]
     accepted = (x.q.dtype, _wide(x.q))
     gates = (t if t is None or t.dtype in accepted else t.to(_wide(x.q)) for t in (x.beta, x.g))
-    inputs = (x.q, x.k, x.v, *gates)
-    few = cu_seqlens is None and x.q.shape[1] <= _STEP_TOKENS
-    if state is None or not few or torch.is_grad_enabled():
-        return scan(*inputs, initial_state=state, cu_seqlens=cu_seqlens, **options)
-    final_state = state.clone(memory_format=torch.contiguous_format)
-    return step(*inputs, state=final_state, **options), final_state
+    return _RULES[rule](x.q, x.k, x.v, *gates, initial_state=state, cu_seqlens=cu_seqlens, **options)
 
 
 def _scan_reversed(scan: _Scan, x: _Inputs, state: State, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,255 @@
+"""What nvcc makes of the CUDA kernels, against tests/cuda/budgets.csv, and what the check sees."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import fwp_core as fwp
+
+sys.path.append(str(Path(__file__).with_name("cuda")))
+
+import budgets
+from budgets import Kernel, Limits
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "cuda").rglob("*.cu"))
+
+
+@pytest.fixture(scope="module")
+def tools():
+    try:
+        for name in ("nvcc", "cuobjdump", "nvdisasm"):
+            budgets.tool(name)
+    except budgets.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def its_compiler(tools):
+    """Another one gives other numbers."""
+    version = budgets.run(budgets.tool("nvcc"), "--version")
+    if f"release {budgets.COMPILER}," not in version:
+        pytest.skip(f"the table is that of nvcc {budgets.COMPILER}")
+
+
+def built():
+    """The plugin of this installation, where nvcc built one."""
+    folders = {Path(fwp.__file__).parent, Path(fwp._core.__file__).parent}
+    found = {path.resolve() for folder in folders for path in folder.rglob("libfwp_core_cuda.*")}
+    return [path for path in sorted(found) if b".nv_fatbin" in path.read_bytes()]
+
+
+# the kernels
+
+
+@pytest.mark.skipif(not SOURCES, reason="no kernels yet")
+def test_kernels_keep_to_their_budgets(its_compiler):
+    found = budgets.measured(built() or SOURCES, ["sm_90"])
+    assert found
+    assert list(budgets.excesses(found, budgets.read_table(budgets.TABLE))) == [], budgets.UPDATE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SOURCES, reason="no kernels yet")
+def test_kernels_keep_to_their_budgets_on_every_architecture(its_compiler):
+    found = budgets.measured(SOURCES, budgets.ARCHITECTURES)
+    assert {kernel.architecture for kernel in found} == set(budgets.ARCHITECTURES)
+    assert list(budgets.excesses(found, budgets.read_table(budgets.TABLE))) == [], budgets.UPDATE
+
+
+# the check, on a kernel that gets faults
+
+KERNEL = """
+#include "rows.cuh"
+
+struct alignas(ALIGNMENT) Words {
+  uint32_t x[4];
+};
+
+namespace fwp::cuda {
+namespace {
+template <Decay decay, int n>
+FWP_KERNEL void product(const Words* x, float* y, int stride) {
+  Words kept[n];
+  for (int i = 0; i < n; ++i) kept[i] = load_global(x + i * stride + thread_index());
+  float d[4] = {};
+  for (int i = 0; i < 2 * n; ++i) {  // twice, so that all are kept
+    const Words& a = kept[i % n];
+    const uint32_t b[2] = {a.x[0], a.x[3]};
+    if (TENSOR_CORES) {
+      mma_f16(d, a.x, b);
+    } else {
+      d[0] += unpack_half(a.x[1], 0) * unpack_half(b[1], 0) + unpack_half(a.x[2], 0);
+    }
+  }
+  sync_block();
+  for (int r = 0; r < 4; ++r) store_global(y + 4 * thread_index() + r, d[r]);
+}
+template __global__ void product<Decay::channel, 16>(const Words*, float*, int);
+}
+}
+"""
+NAME = "product<channel, 16>"
+
+
+@pytest.fixture(scope="module")
+def compiled(tools, tmp_path_factory):
+    def compiled(*flags, alignment=16, tensor_cores=1):
+        folder = tmp_path_factory.mktemp("kernel")
+        source = folder / "kernel.cu"
+        source.write_text(KERNEL)
+        flags = [f"-DALIGNMENT={alignment}", f"-DTENSOR_CORES={tensor_cores}", *flags]
+        return budgets.kernels(budgets.compiled(source, "sm_90", folder, flags))
+
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def sound(compiled):
+    (kernel,) = compiled()
+    return kernel
+
+
+def complaints(found, sound):
+    """What is wrong, each without the name that precedes it."""
+    found = list(budgets.excesses(found, {sound.name: budgets.limits_of([sound])}))
+    assert all(line.startswith(f"{NAME}, sm_90: ") for line in found)
+    return [line.removeprefix(f"{NAME}, sm_90: ") for line in found]
+
+
+def test_a_kernel_is_read_as_it_was_written(sound):
+    assert (sound.name, sound.architecture) == (NAME, "sm_90")
+    assert 64 < sound.registers < 128  # sixteen times four words are kept
+    assert (sound.stack, sound.mma, sound.ldsm, sound.barriers, sound.generic) == (0, 32, 0, 1, 0)
+    assert (sound.loads, sound.wide_loads, sound.wide) == (16, 16, 100)
+    assert complaints([sound], sound) == []
+
+
+def test_a_spill_is_seen(compiled, sound):
+    (kernel,) = found = compiled("-maxrregcount=32")
+    assert complaints(found, sound) == [f"{kernel.stack} bytes of stack (spills), at most 0"]
+
+
+def test_missing_tensor_core_instructions_are_seen(compiled, sound):
+    assert complaints(compiled(tensor_cores=0), sound) == ["0 tensor core instructions, at least 32"]
+
+
+def test_narrow_loads_are_seen(compiled, sound):
+    assert complaints(compiled(alignment=4), sound) == ["0 of 64 loads are of 16 bytes, 0 %, at least 100 %"]
+
+
+def test_memory_of_an_unknown_kind_is_seen(sound):
+    assert complaints([replace(sound, generic=2)], sound) == ["2 accesses of unknown memory, at most 0"]
+
+
+def test_an_object_of_several_architectures_gives_each(tools, tmp_path):
+    source, object_file = tmp_path / "kernel.cu", tmp_path / "kernel.o"
+    source.write_text(KERNEL)
+    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
+    constants = ["-DALIGNMENT=16", "-DTENSOR_CORES=1"]
+    nvcc = [budgets.tool("nvcc"), "-std=c++17", "-c", f"-I{ROOT / 'cuda'}", *constants, *targets]
+    budgets.run(*nvcc, source, "-o", object_file)
+    found = budgets.measured([object_file], budgets.ARCHITECTURES)
+    assert [(kernel.name, kernel.architecture, kernel.mma) for kernel in found] == [
+        (NAME, "sm_80", 32),
+        (NAME, "sm_90", 32),
+    ]
+
+
+def test_the_command_updates_and_checks(tools, tmp_path, capsys):
+    source, table = tmp_path / "kernel.cu", tmp_path / "table.csv"
+    constants = "#define ALIGNMENT 16\n#define TENSOR_CORES {}\n"
+    options = [str(source), "--architectures", "sm_90", "--table", str(table)]
+    source.write_text(constants.format(1) + KERNEL)
+    assert budgets.main(options) == 1
+    assert f"{NAME}, sm_90: not in the table" in capsys.readouterr().out
+    assert budgets.main([*options, "--update"]) == 0
+    source.write_text(constants.format(0) + KERNEL)
+    assert budgets.main(options) == 1
+    assert capsys.readouterr().out.endswith(
+        f"{NAME}, sm_90: 0 tensor core instructions, at least 32\n1 over budget; {budgets.UPDATE}\n"
+    )
+
+
+# without a compiler
+
+
+def kernel(**values):
+    numbers = {
+        "stack": 0,
+        "shared": 0,
+        "mma": 8,
+        "ldsm": 0,
+        "loads": 9,
+        "wide_loads": 6,
+        "generic": 0,
+        "barriers": 1,
+    }
+    return Kernel("scan<f16>", "sm_90", **{"registers": 61, **numbers, **values})
+
+
+def test_limits_leave_room_up_to_the_next_eight_registers():
+    table = {"scan<f16>": budgets.limits_of([kernel()])}
+    assert table == {"scan<f16>": Limits({"sm_90": 64}, 0, 8, 66, 0)}
+    assert list(budgets.excesses([kernel(registers=64)], table)) == []
+    over = list(budgets.excesses([kernel(registers=65)], table))
+    assert over == ["scan<f16>, sm_90: 65 registers, at most 64"]
+
+
+def test_limits_hold_on_every_architecture():
+    other = replace(kernel(registers=90, stack=16, mma=6, generic=2), architecture="sm_80")
+    assert budgets.limits_of([kernel(), other]) == Limits({"sm_90": 64, "sm_80": 96}, 16, 6, 66, 2)
+    before = Limits({"sm_80": 96}, 0, 8, 66, 0)
+    assert budgets.limits_of([kernel()], before).registers == {"sm_80": 96, "sm_90": 64}
+
+
+def test_table_and_kernels_are_the_same_set():
+    table = {"gone": budgets.limits_of([kernel()])}
+    assert list(budgets.excesses([kernel()], table)) == [
+        "scan<f16>, sm_90: not in the table",
+        "gone: in the table, but there is no such kernel",
+    ]
+
+
+def test_the_table_survives_writing(tmp_path):
+    table = {
+        "a<f16, 2>": Limits({"sm_80": 8, "sm_90": 16}, 0, 1, 50, 0),
+        "b": Limits({"sm_120": 8}, 4, 0, 100, 0),
+    }
+    budgets.write_table(tmp_path / "table.csv", table)
+    assert budgets.read_table(tmp_path / "table.csv") == table
+
+
+DUMP = """
+Fatbin elf code:
+================
+arch = sm_90
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function first:
+  REG:24 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:544 TEXTURE:0 SURFACE:0 SAMPLER:0
+\tcode for sm_90
+\t\tFunction : first
+        /*0000*/                   LDG.E.128 R1, [R2] ;          /* 0x00000a00ff017b82 */
+                                                                 /* 0x000fe20000000800 */
+        /*0010*/              @!PT LDS RZ, [RZ] ;                /* 0x00000000fffff984 */
+        /*0020*/              @!P0 LDGSTS.E.BYPASS.128.ZFILL [R9], [R2] ;
+        /*0030*/              @UP0 LDG.E R1, [R2] ;
+        /*0040*/                   HMMA.16816.F32 R4, R4, R8, R4 ;
+        /*0050*/                   LD.E R1, [R2] ;
+        /*0060*/                   LDGDEPBAR ;
+        /*0070*/                   LDSM.16.MT88.4 R4, [R2] ;
+        /*0080*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+"""
+
+
+def test_what_is_counted():
+    ((symbol, architecture, resources, opcodes),) = budgets.functions(DUMP.splitlines())
+    assert (symbol, architecture, resources) == ("first", "sm_90", (24, 8, 1024))
+    first = Kernel(symbol, architecture, *resources, *budgets.counts(opcodes))
+    assert first == Kernel(
+        "first", "sm_90", 24, 8, 1024, mma=1, ldsm=1, loads=3, wide_loads=2, generic=1, barriers=1
+    )
