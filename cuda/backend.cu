@@ -231,12 +231,6 @@ void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
   }
 }
 
-void plan_diagnose(const Problem& p, Plan& plan, Queue* queue) {
-  if (queue != nullptr) place_integers(plan.inner, plan.integers, *queue);
-  plan.map(p, queue);
-  if (queue != nullptr) recurrent::diagnose(plan.inner, *queue);
-}
-
 // ---- the table ----
 
 size_t forward_workspace(const Problem& p) {
@@ -247,11 +241,6 @@ size_t forward_workspace(const Problem& p) {
 size_t backward_workspace(const Problem& p) {
   Plan plan(p, nullptr);
   plan_backward(p, plan, nullptr);
-  return plan.arena.used();
-}
-size_t diagnose_workspace(const Problem& p) {
-  Plan plan(p, nullptr);
-  plan_diagnose(p, plan, nullptr);
   return plan.arena.used();
 }
 size_t map_workspace(const Problem&) { return 0; }
@@ -276,10 +265,6 @@ Outcome forward(const Problem& p, void* workspace) {
 Outcome backward(const Problem& p, void* workspace) {
   return on_device(p, workspace, backward_workspace(p),
                    [&](Plan& plan, Queue& queue) { plan_backward(p, plan, &queue); });
-}
-Outcome diagnose(const Problem& p, void* workspace) {
-  return on_device(p, workspace, diagnose_workspace(p),
-                   [&](Plan& plan, Queue& queue) { plan_diagnose(p, plan, &queue); });
 }
 Outcome map_rows(const Problem& p, void*) {
   return on_device(p, nullptr, 0, [&](Plan&, Queue& queue) {
@@ -327,12 +312,12 @@ extern "C" __attribute__((visibility("default"))) const fwp::Backend* fwp_cuda_b
                                   fwp::cuda::device_state,
                                   fwp::cuda::forward_workspace,
                                   fwp::cuda::backward_workspace,
-                                  fwp::cuda::diagnose_workspace,
+                                  nullptr,  // there is no diagnosis on a device
                                   fwp::cuda::map_workspace,
                                   fwp::cuda::checkpoint_elements,
                                   fwp::cuda::forward,
                                   fwp::cuda::backward,
-                                  fwp::cuda::diagnose,
+                                  nullptr,
                                   fwp::cuda::map_rows,
                                   [] { return static_cast<const char*>(fwp::cuda::error_of_thread); },
                                   fwp::cuda::allocate,

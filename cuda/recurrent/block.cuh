@@ -83,8 +83,6 @@ struct SharedArray {
   FWP_DEVICE T operator[](int i) const { return load_shared(data + i); }
 };
 
-FWP_DEVICE float exponential(float x) { return expf(x); }
-FWP_DEVICE double exponential(double x) { return exp(x); }
 FWP_DEVICE int warps() { return block_threads() / kWarpSize; }
 
 // Calls f with a number of the type that an array of this dtype stores, where it is computed with in T.

@@ -19,7 +19,4 @@ void backward(const Problem& p, void* workspace, const int32_t* only, Queue& que
 size_t step_workspace(const Problem& p);
 void step(const Problem& p, void* workspace, Queue& queue);
 
-// Probes of every token and head, problem.o.
-void diagnose(const Problem& p, Queue& queue);
-
 }  // namespace fwp::cuda::recurrent
