@@ -221,7 +221,11 @@ void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
   };
   gradient(&Problem::dq, &Problem::q);
   gradient(&Problem::dk, &Problem::k);
-  scan(plan, chunk::backward_workspace, chunk::backward, recurrent::backward_workspace, recurrent::backward, queue);
+  const Size chunk_size = [](const Problem& x) { return chunk::backward_workspace(x); };
+  const Run chunk_run = [](const Problem& x, void* memory, int32_t* left, Queue& to) {
+    chunk::backward(x, memory, left, to);
+  };
+  scan(plan, chunk_size, chunk_run, recurrent::backward_workspace, recurrent::backward, queue);
   if (queue == nullptr || !p.features.active()) return;
   for (const auto& [to, of] : {std::pair{&Problem::dq, &Problem::q}, std::pair{&Problem::dk, &Problem::k}}) {
     const Rows& d = p.*to;
@@ -267,7 +271,10 @@ Outcome backward(const Problem& p, void* workspace) {
                    [&](Plan& plan, Queue& queue) { plan_backward(p, plan, &queue); });
 }
 Outcome map_rows(const Problem& p, void*) {
-  return on_device(p, nullptr, 0, [&](Plan&, Queue& queue) {
+  Problem one_head = p;  // as memory_of looks at it
+  one_head.N = one_head.H = 1;
+  one_head.V = p.K;
+  return on_device(one_head, nullptr, 0, [&](Plan&, Queue& queue) {
     const features::Shape shape{1, p.T, 1};
     if (p.d_o.data == nullptr)
       features::forward(p.features, shape, p.q, p.o, queue);

@@ -1,4 +1,4 @@
-"""A scan of a few tokens works in the memory of its last states: it has the bits of a step, and of a longer scan."""
+"""A scan of a few tokens works in the memory of its last states, with the bits of a step."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,9 @@ def problem(T, H=3, K=20, V=40, B=2, dtype=np.float32, gate="none", seed=0):
     return q, k, v, beta, g
 
 
-@pytest.mark.parametrize("V", [1, 31, 64, 100, 1024])  # rows of 1024 are whole pages, whose tiles pass through scratch
+@pytest.mark.parametrize(
+    "V", [1, 31, 64, 100, 1024]
+)  # rows of 1024 are whole pages, whose tiles pass through scratch
 @pytest.mark.parametrize("T", [1, 2, 3, 5, 8, 24])
 @pytest.mark.parametrize("scan", SCANS)
 def test_a_short_scan_is_a_step(isa, scan, T, V):

@@ -67,8 +67,8 @@ int64_t stage_blocks(Block<Tile, Rule, Decay, C>* blocks, int64_t most, const Pr
   return count;
 }
 
-// The tiles of a part while it is scanned: in scratch, or in place, in the caller's memory. A last tile that is not whole
-// passes through scratch all the same. Out of line, so that the scan around it stays small.
+// The tiles of a part while it is scanned: in scratch, or in place, in the caller's memory. A last tile that is not
+// whole passes through scratch all the same. Out of line, so that the scan around it stays small.
 template <class Tile, class T>
 struct ForwardTiles {
   struct Place {

@@ -322,15 +322,15 @@ struct Block {
       for_channels(K(), [&](Index d) { store_global(state + d * to.k + p.V, Place::load(z(from, d))); });
   }
 
-  FWP_DEVICE void store_z(const T* tile, T* to) const {
-    for_channels(K(), [&](Index d) { store_global(to + d, Place::load(z(tile, d))); });
+  FWP_DEVICE void store_z(const T* of, T* to) const {
+    for_channels(K(), [&](Index d) { store_global(to + d, Place::load(z(of, d))); });
   }
   // The output of a sequence that has no state.
   FWP_DEVICE void clear_output() const {
     const T zeros[C] = {};
-    for (int64_t t = 0; t < s.length && there; t += C) {
+    for (int64_t t = 0; t < s.length && there(); t += C) {
       const int tokens = static_cast<int>(s.length - t < C ? s.length - t : C);
-      store_tokens(p.o, at(p.o, t) + column, p.o.t, tokens, zeros, warp(), warps());
+      store_tokens(p.o, at(p.o, t) + column(), p.o.t, tokens, zeros, warp(), warps());
     }
   }
 

@@ -72,7 +72,7 @@ Options small() {
   options.dtype = DType::bf16;
   options.N = options.H = 1;
   options.T = 70;
-  options.wide_gates = true;
+  options.float_gates = true;
   return options;
 }
 

@@ -135,7 +135,7 @@ TEST_CASE("all options, checked, in every order") {
       is.T = 130;
       is.V = 72;
       is.layout = order[0] == 'f' ? Layout::bthk : order[2] == 'v' ? Layout::bhtk : Layout::gaps;
-      is.wide_gates = order[2] == 'v';
+      is.float_gates = order[2] == 'v';
       is.dtype = order[2] == 'n' ? DType::bf16 : DType::f16;
       is.scale = 0.25;
       Case x(is);
@@ -184,7 +184,7 @@ TEST_CASE("what may be absent, keys of float32, gates of float32") {
   with_rules([&](Options is) {
     is.h0 = false;
     is.beta = is.rule == Rule::delta;
-    is.wide_keys = is.wide_gates = true;
+    is.wide_keys = is.float_gates = true;
     is.q_group = 2;
     is.H = 4;
     is.N = 2;
@@ -208,7 +208,7 @@ TEST_CASE("gates of every strength") {
     with_rules([&](Options is) {
       if (is.decay == Decay::none) return;
       is.T = 200;
-      is.wide_gates = true;
+      is.float_gates = true;
       Case x(is);
       unit_keys(x);
       const double strengths[] = {0, -0.1, -5, -100, -1e4, -kInfinity, 0.02};
