@@ -370,7 +370,7 @@ TEST_CASE("nothing of anything") {
 
 namespace {
 
-// Rows of random numbers through every function of tiles: sums[orientation] = A B^T, A^T B, A B.
+// Rows of random numbers, of very different size, through the functions of tiles: X X^T, X^T X and X itself.
 template <int D>
 void check_tiles(DType dtype, int64_t stride, int columns, int tokens) {
   using namespace fwp::cuda;
@@ -380,7 +380,8 @@ void check_tiles(DType dtype, int64_t stride, int columns, int tokens) {
   std::mt19937 random(3);
   std::normal_distribution<double> normal;
   Array x(dtype, stride * kChunk);
-  for (int64_t i = 0; i < x.count(); ++i) x.set(i, std::ldexp(normal(random), static_cast<int>(i / stride)));
+  for (int64_t i = 0; i < x.count(); ++i)
+    x.set(i, std::ldexp(normal(random), static_cast<int>(i / stride * 5 % 21 - 10)));
   const fwp::Rows rows{x.data(), dtype, 0, stride, 0, 1};
   std::vector<float> inner(kChunk * kChunk), outer(D * D);
   std::vector<uint16_t> turned(64 * kChunk, 0x7fff);
