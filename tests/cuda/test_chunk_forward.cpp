@@ -129,11 +129,10 @@ TEST_CASE("all options, checked, in every order") {
   for (const char* order : {"forward", "reverse", "random"}) {
     const Setting setting("FWP_SIMT_ORDER", order);
     with_rules([&](Options is) {
-      is.N = 1;
       is.H = 2;
       is.k_group = 2;
-      is.T = 130;
-      is.V = 72;
+      is.T = order[0] == 'f' ? 70 : 130;
+      is.V = 40;
       is.layout = order[0] == 'f' ? Layout::bthk : order[2] == 'v' ? Layout::bhtk : Layout::gaps;
       is.float_gates = order[2] == 'v';
       is.dtype = order[2] == 'n' ? DType::bf16 : DType::f16;
@@ -152,7 +151,7 @@ TEST_CASE("sizes") {
     for (const int64_t V : {1, 3, 31, 64, 100, 128}) {
       const int64_t T[] = {1, 15, 33, 64, 65, 127, 129, 200};
       with_rules([&](Options is) {
-        if (K == 128 && V != 100 && V != 128) return;
+        if (K >= 100 && V != 31 && V != 128) return;
         is.K = K;
         is.V = V;
         is.T = T[i++ % 8];
@@ -296,10 +295,12 @@ TEST_CASE("data that are not finite are left, and disturb nothing else") {
         for (int64_t n = 0; n < 2; ++n)
           for (int64_t h = 0; h < 3; ++h) {
             if (n == 1 && h == 1) continue;
+            bool same = true;
             for (int64_t t = 0; t < x.T; ++t)
-              for (int64_t j = 0; j < x.V; ++j) REQUIRE(x.o.get(n, t, h, j) == clean.o.get(n, t, h, j));
+              for (int64_t j = 0; j < x.V; ++j) same = same && x.o.get(n, t, h, j) == clean.o.get(n, t, h, j);
             for (int64_t d = 0; d < x.K; ++d)
-              for (int64_t j = 0; j < x.V; ++j) REQUIRE(x.hT.get(n, d, h, j) == clean.hT.get(n, d, h, j));
+              for (int64_t j = 0; j < x.V; ++j) same = same && x.hT.get(n, d, h, j) == clean.hT.get(n, d, h, j);
+            CHECK(same);
           }
       }
     }
@@ -330,10 +331,12 @@ TEST_CASE("bits do not depend on batch, heads, layout or packing") {
       for (int64_t d = 0; d < x.K; ++d)
         for (int64_t j = 0; j < x.V; ++j) y.h0.set(sequence, d, 0, j, x.h0.get(n, d, h, j));
       run(y);
+      bool same = true;
       for (int64_t t = 0; t < x.T; ++t)
-        for (int64_t j = 0; j < x.V; ++j) REQUIRE(y.o.get(0, begin + t, 0, j) == x.o.get(n, t, h, j));
+        for (int64_t j = 0; j < x.V; ++j) same = same && y.o.get(0, begin + t, 0, j) == x.o.get(n, t, h, j);
       for (int64_t d = 0; d < x.K; ++d)
-        for (int64_t j = 0; j < x.V; ++j) REQUIRE(y.hT.get(sequence, d, 0, j) == x.hT.get(n, d, h, j));
+        for (int64_t j = 0; j < x.V; ++j) same = same && y.hT.get(sequence, d, 0, j) == x.hT.get(n, d, h, j);
+      CHECK(same);
     };
     Options one = is;
     one.N = one.H = one.q_group = 1;
@@ -403,7 +406,8 @@ void check_tiles(DType dtype, int64_t stride, int columns, int tokens) {
     if (warp() == 0 && dtype != DType::f32) copy_rows<16, 32>(all, shared.v);
     commit_copies();
     wait_copies<0>();
-    CHECK(scale_rows<D, 128>(all, shared.tile, shared.up) < kInfinite);
+    const uint32_t most = scale_rows<D, 128>(all, shared.tile, shared.up);
+    if (most >= kInfinite) CHECK(most < kInfinite);
     sync_block();
     const int row = 16 * warp(), g = lane() / 4, t = lane() % 4;
     float d[8][4] = {};
@@ -470,13 +474,15 @@ void check_tiles(DType dtype, int64_t stride, int columns, int tokens) {
       wrong = std::fmax(wrong, std::fabs(static_cast<double>(outer[static_cast<size_t>(i * D + j)]) - sum) / size);
     }
   CHECK(wrong < precision);
-  if (dtype != DType::f32)
-    for (int i = 0; i < kChunk; ++i)
-      for (int j = 0; j < 64; ++j) {
-        uint16_t bits = 0x7fff;
-        if (i < tokens && j < columns && j < 16) std::memcpy(&bits, x.bytes().data() + 2 * (i * stride + j), 2);
-        REQUIRE(turned[static_cast<size_t>(64 * i + j)] == bits);
-      }
+  bool same = true;
+  for (int i = 0; i < kChunk; ++i)
+    for (int j = 0; j < 64; ++j) {
+      uint16_t bits = 0x7fff;
+      if (dtype != DType::f32 && i < tokens && j < columns && j < 16)
+        std::memcpy(&bits, x.bytes().data() + 2 * (i * stride + j), 2);
+      same = same && turned[static_cast<size_t>(64 * i + j)] == bits;
+    }
+  CHECK(same);
   for (const auto& [line, traffic] : report.shared) {
     CAPTURE(line);
     CHECK(traffic.actual == traffic.ideal);
@@ -486,10 +492,9 @@ void check_tiles(DType dtype, int64_t stride, int columns, int tokens) {
 }  // namespace
 
 TEST_CASE("tiles: products in both orientations, and no bank conflict") {
-  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
-    check_tiles<32>(dtype, 32, 32, 64);
-    check_tiles<32>(dtype, 27, 25, 63);
-    check_tiles<64>(dtype, 72, 60, 64);
-    check_tiles<128>(dtype, 128, 128, 50);
-  }
+  check_tiles<32>(DType::bf16, 32, 32, 64);
+  check_tiles<32>(DType::f16, 27, 25, 63);
+  check_tiles<64>(DType::f16, 72, 60, 64);
+  check_tiles<64>(DType::f32, 64, 64, 37);
+  check_tiles<128>(DType::bf16, 128, 128, 50);
 }
