@@ -11,6 +11,10 @@ constexpr double kWeakest = -1e4;
 // Growth, as the sum of a chunk's gates above 0, up to which float16 operands are good enough.
 constexpr float kMostGrowth = 8;
 
+struct alignas(16) TwoSums {
+  double x[2];
+};
+
 // By one warp: G of a chunk's tokens, to global memory and to `shared` [64]. Returns the growth, NaN if a gate is that.
 FWP_DEVICE float sum_gates(const Problem& p, const Sequence& s, int64_t t0, int64_t h, double* G, double* shared) {
   double sums[2];
@@ -29,10 +33,9 @@ FWP_DEVICE float sum_gates(const Problem& p, const Sequence& s, int64_t t0, int6
   }
   before = shuffle(before, (lane() - 1) & 31);
   if (lane() == 0) before = 0;
-  FWP_UNROLL for (int i = 0; i < 2; ++i) {
-    store_shared(shared + 2 * lane() + i, before + sums[i]);
-    store_global(G + 2 * lane() + i, before + sums[i]);
-  }
+  const TwoSums two{{before + sums[0], before + sums[1]}};
+  store_shared(reinterpret_cast<TwoSums*>(shared) + lane(), two);
+  store_global(reinterpret_cast<TwoSums*>(G) + lane(), two);
   FWP_UNROLL for (int mask = 16; mask > 0; mask /= 2) growth += shuffle_xor(growth, mask);
   return growth;
 }
@@ -180,20 +183,22 @@ FWP_KERNEL void prepare_delta(FWP_PARAMETER Problem p, Window window, Prepared o
   sync_warp();
   invert(shared.square);
 
-  using Mine = Pieces<kChunk, kChunk, kPrepThreads>;
-  const Mine mine = Mine::mine();
-  FWP_UNROLL for (int piece = 0; piece < Mine::count; ++piece) {
-    const int i = mine.row + piece * Mine::step, j = mine.column;
-    float x[8];
+  // T', four numbers of a row for each lane
+  constexpr int lanes = kChunk / 4, step = kPrepThreads / lanes;
+  const int j = thread_index() % lanes * 4;
+  FWP_UNROLL for (int first = 0; first < kChunk; first += step) {
+    const int i = first + thread_index() / lanes;
+    const Quad four = load_shared(reinterpret_cast<const Quad*>(shared.square + square_at(i, j)));
+    float x[4];
     uint32_t most = 0;
-    FWP_UNROLL for (int l = 0; l < 8; ++l) {
-      x[l] = j + l <= i ? load_shared(shared.square + square_at(i, j + l)) : 0.0f;
+    FWP_UNROLL for (int l = 0; l < 4; ++l) {
+      x[l] = j + l <= i ? float_of(four.x[l]) : 0.0f;
       most = larger(most, magnitude(x[l]));
     }
-    const Scale scale = scale_for(largest<8>(most));
-    Quad halves;
-    FWP_UNROLL for (int l = 0; l < 4; ++l) halves.x[l] = pack_half(x[2 * l] * scale.down, x[2 * l + 1] * scale.down);
-    store_global(reinterpret_cast<Quad*>(out.T + (place * kChunk + i) * kChunk + j), halves);
+    const Scale scale = scale_for(largest<lanes>(most));
+    const Two halves{
+        {pack_half(x[0] * scale.down, x[1] * scale.down), pack_half(x[2] * scale.down, x[3] * scale.down)}};
+    store_global(reinterpret_cast<Two*>(out.T + (place * kChunk + i) * kChunk + j), halves);
     if (j == 0) store_global(out.T_up + place * kChunk + i, scale.up);
   }
 }

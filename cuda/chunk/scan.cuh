@@ -121,9 +121,10 @@ FWP_DEVICE uint32_t multiply_queries(const Stage& stage, Half* P, float* P_up) {
 template <int D>
 FWP_DEVICE void load_state(float (&S)[D / 8][4], const Problem& p, const States& from, int64_t n, int64_t h,
                            int64_t column) {
+  const int l = fresh(lane());
   FWP_UNROLL for (int n8 = 0; n8 < D / 8; ++n8) {
     FWP_UNROLL for (int r = 0; r < 4; ++r) {
-      const int64_t d = 8 * n8 + 2 * (lane() % 4) + r % 2, j = column + lane() / 4 + 8 * (r / 2);
+      const int64_t d = 8 * n8 + 2 * (l % 4) + r % 2, j = column + l / 4 + 8 * (r / 2);
       S[n8][r] = 0;
       if (from.data != nullptr && d < p.K && j < p.V)
         S[n8][r] = load_global(static_cast<const float*>(from.data) + state_at(from, n, h) + d * from.k + j);
@@ -133,9 +134,10 @@ FWP_DEVICE void load_state(float (&S)[D / 8][4], const Problem& p, const States&
 template <int D>
 FWP_DEVICE void store_state(const float (&S)[D / 8][4], const Problem& p, const States& to, int64_t n, int64_t h,
                             int64_t column) {
+  const int l = fresh(lane());
   FWP_UNROLL for (int n8 = 0; n8 < D / 8; ++n8) {
     FWP_UNROLL for (int r = 0; r < 4; ++r) {
-      const int64_t d = 8 * n8 + 2 * (lane() % 4) + r % 2, j = column + lane() / 4 + 8 * (r / 2);
+      const int64_t d = 8 * n8 + 2 * (l % 4) + r % 2, j = column + l / 4 + 8 * (r / 2);
       if (to.data != nullptr && d < p.K && j < p.V)
         store_global(static_cast<float*>(to.data) + state_at(to, n, h) + d * to.k + j, S[n8][r]);
     }

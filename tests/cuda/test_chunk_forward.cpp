@@ -6,6 +6,7 @@
 #include <string>
 
 #include "chunk/chunk.hpp"
+#include "chunk/tile.cuh"
 #include "problems.hpp"
 
 using namespace problems;
@@ -68,7 +69,7 @@ void check(Case& x, double error_o = 6e-4, double error_hT = 6e-4) {
   CAPTURE(x.V);
   CHECK(given_up(run(x)) == 0);
   const Expected y = expected(x, false);
-  const double few = y.o.array.count() < 1000 ? 2 : 1;
+  const double few = y.o.array.count() < 4000 ? 2 : 1;
   const double rounding = few * (is.dtype == DType::bf16 ? 1.7e-3 : 2.1e-4);
   const double o = error(x.o, y.o), hT = error(x.hT, y.hT);
   CHECK(o < std::hypot(few * error_o, rounding));
@@ -128,11 +129,10 @@ TEST_CASE("all options, checked, in every order") {
   for (const char* order : {"forward", "reverse", "random"}) {
     const Setting setting("FWP_SIMT_ORDER", order);
     with_rules([&](Options is) {
-      is.N = 1;
       is.H = 2;
       is.k_group = 2;
-      is.T = 130;
-      is.V = 72;
+      is.T = order[0] == 'f' ? 70 : 130;
+      is.V = 40;
       is.layout = order[0] == 'f' ? Layout::bthk : order[2] == 'v' ? Layout::bhtk : Layout::gaps;
       is.float_gates = order[2] == 'v';
       is.dtype = order[2] == 'n' ? DType::bf16 : DType::f16;
@@ -151,7 +151,7 @@ TEST_CASE("sizes") {
     for (const int64_t V : {1, 3, 31, 64, 100, 128}) {
       const int64_t T[] = {1, 15, 33, 64, 65, 127, 129, 200};
       with_rules([&](Options is) {
-        if (K == 128 && V != 100 && V != 128) return;
+        if (K >= 100 && V != 31 && V != 128) return;
         is.K = K;
         is.V = V;
         is.T = T[i++ % 8];
@@ -218,7 +218,7 @@ TEST_CASE("gates of every strength") {
         x.g.set(0, t, 0, 0, g[kind]);
       }
       CAPTURE(kind);
-      check(x);
+      check(x, 1e-3, 1e-3);
     });
 }
 
@@ -295,10 +295,12 @@ TEST_CASE("data that are not finite are left, and disturb nothing else") {
         for (int64_t n = 0; n < 2; ++n)
           for (int64_t h = 0; h < 3; ++h) {
             if (n == 1 && h == 1) continue;
+            bool same = true;
             for (int64_t t = 0; t < x.T; ++t)
-              for (int64_t j = 0; j < x.V; ++j) REQUIRE(x.o.get(n, t, h, j) == clean.o.get(n, t, h, j));
+              for (int64_t j = 0; j < x.V; ++j) same = same && x.o.get(n, t, h, j) == clean.o.get(n, t, h, j);
             for (int64_t d = 0; d < x.K; ++d)
-              for (int64_t j = 0; j < x.V; ++j) REQUIRE(x.hT.get(n, d, h, j) == clean.hT.get(n, d, h, j));
+              for (int64_t j = 0; j < x.V; ++j) same = same && x.hT.get(n, d, h, j) == clean.hT.get(n, d, h, j);
+            CHECK(same);
           }
       }
     }
@@ -329,10 +331,12 @@ TEST_CASE("bits do not depend on batch, heads, layout or packing") {
       for (int64_t d = 0; d < x.K; ++d)
         for (int64_t j = 0; j < x.V; ++j) y.h0.set(sequence, d, 0, j, x.h0.get(n, d, h, j));
       run(y);
+      bool same = true;
       for (int64_t t = 0; t < x.T; ++t)
-        for (int64_t j = 0; j < x.V; ++j) REQUIRE(y.o.get(0, begin + t, 0, j) == x.o.get(n, t, h, j));
+        for (int64_t j = 0; j < x.V; ++j) same = same && y.o.get(0, begin + t, 0, j) == x.o.get(n, t, h, j);
       for (int64_t d = 0; d < x.K; ++d)
-        for (int64_t j = 0; j < x.V; ++j) REQUIRE(y.hT.get(sequence, d, 0, j) == x.hT.get(n, d, h, j));
+        for (int64_t j = 0; j < x.V; ++j) same = same && y.hT.get(sequence, d, 0, j) == x.hT.get(n, d, h, j);
+      CHECK(same);
     };
     Options one = is;
     one.N = one.H = one.q_group = 1;
@@ -344,4 +348,153 @@ TEST_CASE("bits do not depend on batch, heads, layout or packing") {
     unit_keys(packed);
     compare(packed, 0, 1, 37);
   });
+}
+
+TEST_CASE("nothing of anything") {
+  with_rules([&](Options is) {
+    is.K = 5;
+    is.V = 3;
+    Options no_tokens = is, no_heads = is, no_sequences = is, no_values = is;
+    no_tokens.T = 0;
+    no_heads.H = 0;
+    no_sequences.N = 0;
+    no_values.V = 0;
+    for (const Options& none : {no_tokens, no_heads, no_sequences, no_values}) {
+      Case x(none);
+      CHECK(given_up(run(x)) == 0);
+      CHECK(error(x.hT, expected(x, false).hT) == 0);
+    }
+    no_tokens.h0 = false;
+    Case x(no_tokens);
+    run(x);
+    CHECK(error(x.hT, expected(x, false).hT) == 0);
+  });
+}
+
+namespace {
+
+// Rows of random numbers, of very different size, through the functions of tiles: X X^T, X^T X and X itself.
+template <int D>
+void check_tiles(DType dtype, int64_t stride, int columns, int tokens) {
+  using namespace fwp::cuda;
+  using namespace fwp::cuda::chunk;
+  CAPTURE(D);
+  CAPTURE(columns);
+  std::mt19937 random(3);
+  std::normal_distribution<double> normal;
+  Array x(dtype, stride * kChunk);
+  for (int64_t i = 0; i < x.count(); ++i)
+    x.set(i, std::ldexp(normal(random), static_cast<int>(i / stride * 5 % 21 - 10)));
+  const fwp::Rows rows{x.data(), dtype, 0, stride, 0, 1};
+  std::vector<float> inner(kChunk * kChunk), outer(D * D);
+  std::vector<uint16_t> turned(64 * kChunk, 0x7fff);
+  fwp::simt::Options options;
+  for (const auto& [begin, bytes] : {std::pair<const void*, size_t>{x.data(), x.bytes().size()},
+                                     {inner.data(), inner.size() * 4},
+                                     {outer.data(), outer.size() * 4},
+                                     {turned.data(), turned.size() * 2}})
+    options.global.push_back({begin, bytes, true});
+  struct Shared {
+    Half tile[kChunk * D], v[kChunk * 16];
+    float up[kChunk];
+  };
+  const auto report = fwp::simt::launch({}, 128, sizeof(Shared), options, [&] {
+    auto& shared = *static_cast<Shared*>(shared_memory());
+    const Sequence s{0, 0, tokens};
+    const auto all = HeadRows::from(rows, Place::of(rows, s, 0, 0, columns), 0, tokens);
+    copy_rows<D, 128>(all, shared.tile);
+    if (warp() == 0 && dtype != DType::f32) copy_rows<16, 32>(all, shared.v);
+    commit_copies();
+    wait_copies<0>();
+    const uint32_t most = scale_rows<D, 128>(all, shared.tile, shared.up);
+    if (most >= kInfinite) CHECK(most < kInfinite);
+    sync_block();
+    const int row = 16 * warp(), g = lane() / 4, t = lane() % 4;
+    float d[8][4] = {};
+    for (int k = 0; k < D; k += 16) {
+      uint32_t a[4];
+      load_a<D, Sum::along>(a, shared.tile, row, k);
+      multiply<D, Sum::along, 8>(d, a, shared.tile, 0, k);
+    }
+    for (int n = 0; n < 8; ++n)
+      for (int r = 0; r < 4; ++r) {
+        const int i = row + g + 8 * (r / 2), j = 8 * n + 2 * t + r % 2;
+        store_global(&inner[static_cast<size_t>(i * kChunk + j)], d[n][r] * shared.up[i] * shared.up[j]);
+      }
+    for (int m = row; m < D; m += 64)  // rows as they stand in the tile
+      for (int n = 0; n < D; n += 16) {
+        float e[2][4] = {};
+        for (int k = 0; k < kChunk; k += 16) {
+          uint32_t a[4];
+          load_a<D, Sum::down>(a, shared.tile, m, k);
+          multiply<D, Sum::down, 2>(e, a, shared.tile, n, k);
+        }
+        for (int l = 0; l < 2; ++l)
+          for (int r = 0; r < 4; ++r)
+            store_global(&outer[static_cast<size_t>((m + g + 8 * (r / 2)) * D + n + 8 * l + 2 * t + r % 2)], e[l][r]);
+      }
+    if (warp() == 0 && dtype != DType::f32) {
+      float v[8][4];
+      load_turned(v, dtype, shared.v);
+      const fwp::Rows out{turned.data(), dtype, 0, 64, 0, 1};
+      for (int n = 0; n < 8; ++n)
+        store_turned_halves(HeadRows::from(out, Place::of(out, s, 0, 0, columns < 16 ? columns : 16), 0, tokens), 8 * n,
+                            v[n]);
+    }
+  });
+  const auto number = [&](int row, int column) {
+    return row < tokens && column < columns ? x.get(row * stride + column) : 0.0;
+  };
+  // A row as it stands in the tile: to a multiple of a power of two.
+  const auto standing = [&](int row, int column) {
+    double most = 0;
+    for (int i = 0; i < columns; ++i) most = std::fmax(most, std::fabs(number(row, i)));
+    return most == 0 ? 0 : std::ldexp(number(row, column), 15 - std::ilogb(most) - 1);
+  };
+  const double precision = dtype == DType::f32 ? 1e-3 : 1e-6;
+  double wrong = 0;
+  for (int i = 0; i < kChunk; ++i)
+    for (int j = 0; j < kChunk; ++j) {
+      double sum = 0, size = 1e-30;
+      for (int c = 0; c < columns; ++c) {
+        sum += number(i, c) * number(j, c);
+        size += std::fabs(number(i, c) * number(j, c));
+      }
+      wrong = std::fmax(wrong, std::fabs(static_cast<double>(inner[static_cast<size_t>(i * kChunk + j)]) - sum) / size);
+    }
+  CHECK(wrong < precision);
+  wrong = 0;
+  for (int i = 0; i < D; ++i)
+    for (int j = 0; j < D; ++j) {
+      double sum = 0, size = 1e-30;
+      for (int c = 0; c < kChunk; ++c) {
+        sum += standing(c, i) * standing(c, j);
+        size += std::fabs(standing(c, i) * standing(c, j));
+      }
+      wrong = std::fmax(wrong, std::fabs(static_cast<double>(outer[static_cast<size_t>(i * D + j)]) - sum) / size);
+    }
+  CHECK(wrong < precision);
+  bool same = true;
+  for (int i = 0; i < kChunk; ++i)
+    for (int j = 0; j < 64; ++j) {
+      uint16_t bits = 0x7fff;
+      if (dtype != DType::f32 && i < tokens && j < columns && j < 16)
+        std::memcpy(&bits, x.bytes().data() + 2 * (i * stride + j), 2);
+      same = same && turned[static_cast<size_t>(64 * i + j)] == bits;
+    }
+  CHECK(same);
+  for (const auto& [line, traffic] : report.shared) {
+    CAPTURE(line);
+    CHECK(traffic.actual == traffic.ideal);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("tiles: products in both orientations, and no bank conflict") {
+  check_tiles<32>(DType::bf16, 32, 32, 64);
+  check_tiles<32>(DType::f16, 27, 25, 63);
+  check_tiles<64>(DType::f16, 72, 60, 64);
+  check_tiles<64>(DType::f32, 64, 64, 37);
+  check_tiles<128>(DType::bf16, 128, 128, 50);
 }
