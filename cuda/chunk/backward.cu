@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "gradients.cuh"
-#include "reverse.cuh"
+#include "backward.cuh"
 
 namespace fwp::cuda::chunk {
 namespace {
@@ -12,10 +11,6 @@ namespace {
 constexpr size_t kWindowBytes = size_t{256} << 20;
 constexpr int64_t kFewestChunks = 16;
 constexpr int kThreads = 128;
-
-// Value columns of a block of the gradients.
-int64_t value_tile(const Problem& p) { return p.V <= 64 ? 64 : 128; }
-int64_t value_tiles(const Problem& p) { return (p.V + value_tile(p) - 1) / value_tile(p); }
 
 Backward take(Arena& arena, const Problem& p, const Window& window, int32_t* left) {
   Backward x;
@@ -100,32 +95,8 @@ FWP_KERNEL void leave_bundles(int32_t* left, int64_t bundle) {
   for (int64_t h = lane(); h < bundle && any != 0; h += kWarpSize) store_global(heads + h, any);
 }
 
-void run_reverse_scan(const Backward& x, Queue& queue) {
+void add_all_parts(const Backward& x, Queue& queue) {
   const Problem& p = x.p;
-  const Grid grid{static_cast<unsigned>((p.V + kValueTile - 1) / kValueTile * p.H * p.N)};
-  with_variant(p, [&](auto size, auto predicts, auto gated) {
-    queue.run("chunk reverse scan", reverse_scan<size(), predicts(), gated()>, grid, kScanThreads,
-              sizeof(ScanShared<size()>), x);
-  });
-}
-
-void run_gradients(const Backward& x, Queue& queue) {
-  const Problem& p = x.p;
-  const Grid grid{static_cast<unsigned>(places(p, x.window)), static_cast<unsigned>(value_tiles(p))};
-  const auto start = [&](auto predicts, auto keys, auto values) {
-    queue.run("chunk gradients", gradients<predicts(), keys(), values()>, grid, kGradientThreads,
-              sizeof(GradientShared<predicts(), keys(), values()>), x);
-  };
-  const auto with = [&](auto predicts) {
-    const std::integral_constant<int, 64> few{};
-    const std::integral_constant<int, 128> many{};
-    if (p.K <= 64)
-      p.V <= 64 ? start(predicts, few, few) : start(predicts, few, many);
-    else
-      p.V <= 64 ? start(predicts, many, few) : start(predicts, many, many);
-  };
-  p.rule == Rule::delta ? with(std::true_type()) : with(std::false_type());
-
   const auto add = [&](const Rows& rows, const Parts& parts) {
     if (parts.numbers == nullptr) return;
     queue.run("chunk sums", add_parts,
@@ -168,7 +139,7 @@ void backward(const Problem& problem, void* workspace, int32_t* left, Queue& que
     } else {
       scan.after = carried.after(i);
     }
-    run_scan<false>(scan, queue);
+    run_states_scan(scan, queue);
   };
   for (int64_t i = 0; i + 1 < windows; ++i) run_forward(i, false);
   for (int64_t i = windows - 1; i >= 0; --i) {
@@ -177,6 +148,7 @@ void backward(const Problem& problem, void* workspace, int32_t* left, Queue& que
     x.after = carried.after(i);
     run_reverse_scan(x, queue);
     run_gradients(x, queue);
+    add_all_parts(x, queue);
   }
 
   const int64_t bundle = std::lcm(std::lcm(p.q.group, p.k.group), p.v.group);

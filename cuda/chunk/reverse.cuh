@@ -164,7 +164,7 @@ FWP_KERNEL void reverse_scan(FWP_PARAMETER Backward x) {
     uint32_t D_a[channels / 16][4];
     Scale D_scale[2];
     most = larger(most, to_a(D_a, D_scale, D));
-    if (column < x.D.columns) x.D.of(place, column).template store<channels>(D_a, D_scale);
+    if (column < x.D.columns) x.D.of(place, column, kColumns).template store<channels>(D_a, D_scale);
     float y[8][4];
     most = larger(most, written_adjoints<channels, gated>(y, stage, static_cast<float>(p.scale), shared.P, shared.P_up,
                                                           p.d_o.dtype, d_o_tile, D_a, D_scale));

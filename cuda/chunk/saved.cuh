@@ -31,10 +31,10 @@ struct SavedStates {
   static SavedStates take(Arena& arena, int64_t places, int columns, int channels) {
     return {arena.take<Half>(places * columns * channels), arena.take<float>(places * columns), columns, channels};
   }
-  // From a column on.
-  FWP_DEVICE SavedState of(int64_t place, int64_t column = 0) const {
-    const int64_t row = place * columns + column;
-    return {numbers + row * channels, up + row, static_cast<int>(columns - column), channels};
+  // From a column on, `most` of them.
+  FWP_DEVICE SavedState of(int64_t place, int64_t column, int most) const {
+    const int64_t row = place * columns + column, left = columns - column;
+    return {numbers + row * channels, up + row, left < most ? static_cast<int>(left) : most, channels};
   }
 };
 

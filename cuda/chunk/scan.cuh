@@ -309,7 +309,7 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
     if (more) copy_values(c + 1);
     if constexpr (predicts) most = larger(most, solve(e, stage, shared.T));
     if (!output && x.S.numbers != nullptr && column < x.S.columns) {
-      x.S.of(first_place + int64_t{c} * heads, column).template store<D>(S_a, S_scale);
+      x.S.of(first_place + int64_t{c} * heads, column, kColumns).template store<D>(S_a, S_scale);
       if constexpr (predicts) x.E.store(first_place + int64_t{c} * heads, column, e);
     }
     sync_block();  // P is there, and T' is no longer needed

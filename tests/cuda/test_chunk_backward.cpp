@@ -14,6 +14,12 @@ namespace {
 
 using Left = std::vector<int32_t>;
 
+// Several times as fast, without what the emulator looks for; for what other cases have shown to it.
+struct Unchecked {
+  Unchecked() { setenv("FWP_SIMT_CHECK", "0", 1); }
+  ~Unchecked() { unsetenv("FWP_SIMT_CHECK"); }
+};
+
 // Runs the backward of a case; returns which heads it has left.
 Left run(Case& x, int64_t window = 0, const std::function<void(Problem&)>& change = {}) {
   Problem p = x.problem();
@@ -44,9 +50,8 @@ void check(const Case& x, double factor = 1) {
   static const char* const names[] = {"dq", "dk", "dv", "dbeta", "dg", "dh0"};
   for (size_t i = 0; i < want.size(); ++i) {
     const Tensor& got = x.*kGradients[i];
-    CAPTURE(names[i]);
     const double e = error(got, *want[i]);
-    if (std::getenv("SHOW")) MESSAGE(names[i], " ", e);
+    INFO(names[i]);
     CHECK(e <= factor * tolerance(got));
   }
 }
@@ -126,6 +131,7 @@ TEST_CASE("gates of any strength, growth and resets") {
 }
 
 TEST_CASE("numbers of any range") {
+  const Unchecked fast;
   for (const double keys : {1e-3, 1.0, 30.0})
     for (const double values : {1e-3, 1e3})
       for (const double adjoints : {1e-8, 1e4})
@@ -168,27 +174,28 @@ TEST_CASE("write strengths of 0 and 2, keys that are much alike") {
 
 TEST_CASE("packed sequences, grouped heads, any layout and scale") {
   Options options = small();
-  options.H = 6;
+  options.H = 4;
   options.q_group = 2;
-  options.k_group = 3;
-  options.v_group = 6;
+  options.k_group = 4;
   options.V = 20;
   options.K = 40;
   options.scale = 0.4;
-  options.cu_seqlens = {0, 0, 65, 66, 66, 150, 150};
-  for (const Layout layout : {Layout::bthk, Layout::bhtk, Layout::gaps}) {
-    options.layout = layout;
-    options.wide_keys = layout == Layout::bhtk;
-    options.dtype = layout == Layout::gaps ? DType::f16 : DType::bf16;
-    for_rules(options, [](const Options& is) {
-      Case x(is);
-      CHECK(run(x) == none_of(x));
-      check(x);
-    });
-  }
+  options.cu_seqlens = {0, 0, 65, 66, 66, 100, 100};
+  const Layout layouts[] = {Layout::bthk, Layout::bhtk, Layout::gaps, Layout::gaps};
+  int next = 0;
+  for_rules(options, [&](Options is) {
+    is.layout = layouts[next++];
+    is.wide_keys = is.layout == Layout::bhtk;
+    is.dtype = is.layout == Layout::gaps ? DType::f16 : DType::bf16;
+    is.v_group = is.layout == Layout::bthk ? 4 : 1;
+    Case x(is);
+    CHECK(run(x) == none_of(x));
+    check(x);
+  });
 }
 
 TEST_CASE("absent inputs and gradients") {
+  const Unchecked fast;
   Options options = small();
   options.h0 = options.d_hT = options.dh0 = false;
   for_rules(options, [](Options is) {
@@ -236,9 +243,10 @@ void copy_inputs(const Case& from, int64_t n, int64_t h, Case& to, int64_t m, in
 
 }  // namespace
 
-TEST_CASE("no bit depends on the batch, the layout, the window or the schedule") {
+TEST_CASE("no bit depends on the batch, the layout or the window") {
+  const Unchecked fast;
   Options options = small();
-  options.T = 200;
+  options.T = 130;
   options.K = 24;
   options.V = 72;
   for_rules(options, [](Options is) {
@@ -246,14 +254,14 @@ TEST_CASE("no bit depends on the batch, the layout, the window or the schedule")
     run(alone);
     const auto bits = numbers_of(alone, 0, 0);
 
-    for (const int64_t window : {1, 2, 3}) {
+    for (const int64_t window : {1, 2}) {
       Case x(is);
       run(x, window);
       CHECK(numbers_of(x, 0, 0) == bits);
     }
     is.H = 2;
     is.layout = Layout::gaps;
-    is.cu_seqlens = {0, 70, 70, 270, 300};
+    is.cu_seqlens = {0, 70, 70, 200, 220};
     Case packed(is);
     copy_inputs(alone, 0, 0, packed, 2, 1);
     run(packed);
@@ -264,11 +272,15 @@ TEST_CASE("no bit depends on the batch, the layout, the window or the schedule")
     CHECK(numbers_of(windows, 2, 1) == bits);
     for (int64_t n = 0; n < windows.N; ++n) CHECK(numbers_of(windows, n, 0) == numbers_of(packed, n, 0));
   });
+}
+
+TEST_CASE("no bit depends on which thread is first") {
+  Options options = small();
+  options.decay = Decay::scalar;
+  Case forward(options);
+  run(forward);
   for (const char* order : {"reverse", "random"}) {
-    options.decay = Decay::scalar;
-    options.T = 130;
-    Case forward(options), other(options);
-    run(forward);
+    Case other(options);
     setenv("FWP_SIMT_ORDER", order, 1);
     run(other);
     unsetenv("FWP_SIMT_ORDER");
@@ -277,26 +289,23 @@ TEST_CASE("no bit depends on the batch, the layout, the window or the schedule")
 }
 
 TEST_CASE("heads with data that are not finite are left, and others are as they were") {
+  const Unchecked fast;
   Options options = small();
   options.decay = Decay::scalar;
-  options.H = 4;
-  options.N = 2;
+  options.H = 3;
   Case fine(options);
   run(fine);
   for (const double bad : {kNaN, kInfinity})
     for (Tensor Case::* input :
          {&Case::q, &Case::k, &Case::v, &Case::beta, &Case::g, &Case::d_o, &Case::h0, &Case::d_hT}) {
       Case x(options);
-      (x.*input).set(1, 3, 2, 0, bad);
-      Left left = none_of(x);
-      left[6] = 1;
-      CHECK(run(x) == left);
-      for (int64_t n = 0; n < 2; ++n)
-        for (int64_t h = 0; h < 4; ++h)
-          if (n != 1 || h != 2) CHECK(numbers_of(x, n, h) == numbers_of(fine, n, h));
+      (x.*input).set(0, 3, 1, 0, bad);
+      CHECK(run(x) == Left{0, 1, 0});
+      for (const int64_t h : {0, 2}) CHECK(numbers_of(x, 0, h) == numbers_of(fine, 0, h));
     }
+  options.H = 4;
   options.q_group = 2;
   Case grouped(options);
-  grouped.v.set(1, 3, 2, 0, kNaN);
-  CHECK(run(grouped) == Left{0, 0, 0, 0, 0, 0, 1, 1});
+  grouped.v.set(0, 3, 2, 0, kNaN);
+  CHECK(run(grouped) == Left{0, 0, 1, 1});
 }
