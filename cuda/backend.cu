@@ -70,7 +70,8 @@ void add(std::vector<Memory>& memory, const DeviceIntegers& integers, int64_t co
   extent.add(memory, integers.data, integers.wide ? 8 : 4, false);
 }
 
-std::vector<Memory> memory_of(const Problem& p, const void* workspace, size_t workspace_bytes) {
+// outputs: the size of a row of p.o.
+std::vector<Memory> memory_of(const Problem& p, int64_t outputs, const void* workspace, size_t workspace_bytes) {
   std::vector<Memory> memory;
   if (workspace_bytes > 0) memory.push_back({workspace, workspace_bytes, true});
   memory.push_back({fault_word(p.device), sizeof(int32_t), true});
@@ -84,8 +85,7 @@ std::vector<Memory> memory_of(const Problem& p, const void* workspace, size_t wo
   add(memory, p, p.dbeta, 1, true);
   add(memory, p, p.g, gates, false);
   add(memory, p, p.dg, gates, true);
-  // The output of a scan, or the probes of a diagnosis, which are as many as kProbes.
-  add(memory, p, p.o, p.o.dtype != p.dtype || p.o.t == 0 ? std::max<int64_t>(p.V, 1) : p.V, true);
+  add(memory, p, p.o, outputs, true);
   add(memory, p, p.h0, p.step);
   add(memory, p, p.d_hT, false);
   add(memory, p, p.hT, true);
@@ -235,6 +235,12 @@ void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
   }
 }
 
+void plan_diagnose(const Problem& p, Plan& plan, Queue* queue) {
+  if (queue != nullptr) place_integers(plan.inner, plan.integers, *queue);
+  plan.map(p, queue);
+  if (queue != nullptr) recurrent::diagnose(plan.inner, *queue);
+}
+
 // ---- the table ----
 
 size_t forward_workspace(const Problem& p) {
@@ -247,34 +253,43 @@ size_t backward_workspace(const Problem& p) {
   plan_backward(p, plan, nullptr);
   return plan.arena.used();
 }
+size_t diagnose_workspace(const Problem& p) {
+  Plan plan(p, nullptr);
+  plan_diagnose(p, plan, nullptr);
+  return plan.arena.used();
+}
 size_t map_workspace(const Problem&) { return 0; }
 int64_t checkpoint_elements(const Problem&) { return 0; }
 
 // Runs the kernels of a plan on the problem's device and stream.
 template <class Body>
-Outcome on_device(const Problem& p, void* workspace, size_t bytes, const Body& body) {
+Outcome on_device(const Problem& p, int64_t outputs, void* workspace, size_t bytes, const Body& body) {
   return guarded([&] {
     const UseDevice use(p.device);
     report_faults(p.device);
-    Queue queue(p.stream, memory_of(p, workspace, bytes));
+    Queue queue(p.stream, memory_of(p, outputs, workspace, bytes));
     Plan plan(p, workspace);
     body(plan, queue);
   });
 }
 
 Outcome forward(const Problem& p, void* workspace) {
-  return on_device(p, workspace, forward_workspace(p),
+  return on_device(p, p.V, workspace, forward_workspace(p),
                    [&](Plan& plan, Queue& queue) { plan_forward(p, plan, &queue); });
 }
 Outcome backward(const Problem& p, void* workspace) {
-  return on_device(p, workspace, backward_workspace(p),
+  return on_device(p, p.V, workspace, backward_workspace(p),
                    [&](Plan& plan, Queue& queue) { plan_backward(p, plan, &queue); });
+}
+Outcome diagnose(const Problem& p, void* workspace) {
+  return on_device(p, kProbes, workspace, diagnose_workspace(p),
+                   [&](Plan& plan, Queue& queue) { plan_diagnose(p, plan, &queue); });
 }
 Outcome map_rows(const Problem& p, void*) {
   Problem one_head = p;  // as memory_of looks at it
   one_head.N = one_head.H = 1;
   one_head.V = p.K;
-  return on_device(one_head, nullptr, 0, [&](Plan&, Queue& queue) {
+  return on_device(one_head, p.K, nullptr, 0, [&](Plan&, Queue& queue) {
     const features::Shape shape{1, p.T, 1};
     if (p.d_o.data == nullptr)
       features::forward(p.features, shape, p.q, p.o, queue);
@@ -319,12 +334,12 @@ extern "C" __attribute__((visibility("default"))) const fwp::Backend* fwp_cuda_b
                                   fwp::cuda::device_state,
                                   fwp::cuda::forward_workspace,
                                   fwp::cuda::backward_workspace,
-                                  nullptr,  // there is no diagnosis on a device
+                                  fwp::cuda::diagnose_workspace,
                                   fwp::cuda::map_workspace,
                                   fwp::cuda::checkpoint_elements,
                                   fwp::cuda::forward,
                                   fwp::cuda::backward,
-                                  nullptr,
+                                  fwp::cuda::diagnose,
                                   fwp::cuda::map_rows,
                                   [] { return static_cast<const char*>(fwp::cuda::error_of_thread); },
                                   fwp::cuda::allocate,

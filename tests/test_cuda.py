@@ -232,12 +232,15 @@ def library(feature_map):
 
 
 def test_diagnose(framework):
-    case = make_case("delta", "scalar", T=3, K=8, V=8)
+    case = make_case("delta", "scalar", lengths=(2, 3), K=8, V=8)
     there = moved(case, framework)
-    with pytest.raises(
-        fwp.UnsupportedError, match="^q: expected memory of the CPU for this call, got cuda:0"
-    ):
-        fwp.diagnose(fwp.delta_rule, *there.inputs)
+    expected = fwp.diagnose(fwp.delta_rule, *case.inputs, cu_seqlens=case.cu_seqlens)
+    for lengths in (case.cu_seqlens, framework(case.cu_seqlens)):
+        found = fwp.diagnose(fwp.delta_rule, *there.inputs, cu_seqlens=lengths)
+        assert found.positions.tolist() == [1, 2, 1, 2, 3]
+        for name, probe in found.probes().items():
+            assert type(probe) is np.ndarray
+            assert relative_error(probe, expected.probes()[name], floor=1.0) < TOLERANCE["float32"], name
 
 
 # ---- memory ----

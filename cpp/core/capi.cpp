@@ -65,8 +65,6 @@ class Workspace {
 thread_local Workspace::Piece Workspace::kept;
 
 size_t workspace_of(const Call& call, Query query) {
-  if (backend(call.problem).*query == nullptr)
-    fail(FWP_UNSUPPORTED_ERROR, "q: expected memory of the CPU for this call, got cuda:", call.problem.device);
   return call.slot_bytes() + (call.check_only() ? 0 : (backend(call.problem).*query)(call.problem));
 }
 

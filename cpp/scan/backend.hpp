@@ -27,7 +27,7 @@ struct Backend {
 
   Outcome (*forward)(const Problem&, void* workspace);
   Outcome (*backward)(const Problem&, void* workspace);
-  // The probes of every token and head, in problem.o [B,T,H,kProbes]; nullptr, with its query: not there.
+  // The probes of every token and head, in problem.o [B,T,H,kProbes].
   Outcome (*diagnose)(const Problem&, void* workspace);
   // A feature map by itself: rows problem.q [T][features.inputs] into problem.o [T][K], or, where problem.d_o is given,
   // that into problem.dq.
