@@ -122,11 +122,11 @@ def test_steps_and_slots(rule):
     assert torch.equal(pool[1:3], before[1:3])
 
 
-def test_diagnose_is_refused():
-    with pytest.raises(
-        fwp.UnsupportedError, match="^q: expected memory of the CPU for this call, got cuda:0"
-    ):
-        fwp.torch.diagnose(fwp.delta_rule, *inputs(make_case("delta", "scalar", T=9))[:5])
+def test_diagnose():
+    case = make_case("delta", "scalar", T=9)
+    expected = fwp.diagnose(fwp.delta_rule, *case.inputs).probes()
+    for name, probe in fwp.torch.diagnose(fwp.delta_rule, *inputs(case)[:5]).probes().items():
+        assert relative_error(probe, expected[name], floor=1.0) < TOLERANCE["float32"], name
 
 
 def test_outputs_are_overwritten():
