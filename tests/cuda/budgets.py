@@ -99,8 +99,8 @@ def run(*command: str | Path, **options: str) -> str:
 def compiled(source: Path, architecture: str, folder: Path, flags: Sequence[str] = ()) -> Path:
     """A .cu file as a cubin."""
     cubin = folder / f"{source.parent.name}-{source.stem}.{architecture}.cubin"
-    options = ["-std=c++17", "-O3", f"-arch={architecture}", "-cubin", f"-I{ROOT / 'cuda'}", *flags]
-    run(tool("nvcc"), *options, source, "-o", cubin)
+    options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-cubin"]
+    run(tool("nvcc"), *options, f"-I{ROOT / 'cuda'}", *flags, source, "-o", cubin)
     return cubin
 
 
@@ -256,7 +256,7 @@ def excesses(found: Iterable[Kernel], table: dict[str, Limits]) -> Iterator[str]
 
 
 def measured(files: Sequence[Path], architectures: Sequence[str]) -> list[Kernel]:
-    """The kernels of these files, .cu files compiled for these architectures."""
+    """The kernels of these files for these architectures; .cu files are compiled for them."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         jobs = [
             pool.submit(compiled, file, architecture, Path(folder))
@@ -266,7 +266,7 @@ def measured(files: Sequence[Path], architectures: Sequence[str]) -> list[Kernel
         ]
         binaries = [file for file in files if file.suffix != ".cu"] + [job.result() for job in jobs]
         return sorted(
-            (kernel for found in pool.map(kernels, binaries) for kernel in found),
+            (k for found in pool.map(kernels, binaries) for k in found if k.architecture in architectures),
             key=lambda kernel: (kernel.name, ARCHITECTURES.index(kernel.architecture)),
         )
 
