@@ -268,6 +268,7 @@ TEST_CASE("blind reads are zeros, whatever the state") {
       for (int64_t j = 0; j < x.V; ++j) x.h0.set(0, d, 0, j, problems::kNaN);
       x.q.set(1, 0, 1, d, 0);  // and the output of head 1 of sequence 1
     }
+    x.v.set(1, 0, 1, 2, problems::kNaN);  // which the state keeps
     step(x, in_place(x));
     for (int64_t j = 0; j < x.V; ++j) CHECK(x.o.get(1, 0, 1, j) == 0);
     CHECK(std::isnan(x.o.get(0, 0, 0, 0)));
