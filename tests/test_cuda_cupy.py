@@ -83,3 +83,12 @@ def test_streams(non_blocking):
     close(copied, exact_scan(case)[0])
     del o
     cupy.cuda.Device().synchronize()
+
+
+@on_device
+def test_probes_come_to_the_host():
+    case = make_case("delta", "scalar", T=9)
+    expected = fwp.diagnose(fwp.delta_rule, *case.inputs).probes()
+    for name, probe in fwp.diagnose(fwp.delta_rule, *case.map(cupy.asarray).inputs).probes().items():
+        assert type(probe) is np.ndarray
+        assert relative_error(probe, expected[name], floor=1.0) < TOLERANCE["float32"], name

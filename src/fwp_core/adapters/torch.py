@@ -256,7 +256,7 @@ def diagnose(
     cu_seqlens: Integers | None = None,
     **options: Any,
 ) -> diagnostics.Diagnostics:
-    """Return the probes of :func:`fwp_core.diagnose`, NumPy arrays, of tensors on the CPU."""
+    """Return the probes of :func:`fwp_core.diagnose`, NumPy arrays, measured where the tensors are."""
     rule = getattr(ops, _rule(fn))
     _check_options(None, options.get("eps"), options.get("scale"))
     *arrays, initial_state = (_precise(x) for x in _plain(_INPUTS, (q, k, v, beta, g, initial_state)))
