@@ -33,8 +33,8 @@ void relax() {
 #endif
 }
 
-// A job's indices are given out from one counter. The next job is posted only when every worker that the last one
-// wanted has finished, so a worker that is late can only find a job that does not want it.
+// A job's indices are given out from one counter, and so are its places, while it is open. It is closed when no index
+// is left: a worker that has not been woken by then, since others need its core, is not waited for.
 class Pool {
  public:
   // Serves one caller at a time.
@@ -43,16 +43,18 @@ class Pool {
 
   void run(int threads, int64_t count, const Loop& loop) {
     start_workers(threads - 1);
-    const Job job{loop, count, std::min(threads - 1, workers_)};
+    const int wanted = std::min(threads - 1, workers_);
+    const Job job{loop, count, wanted};
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = job;
       next_.store(0, std::memory_order_relaxed);
-      running_.store(job.wanted, std::memory_order_relaxed);
+      entry_.store(static_cast<uint32_t>(wanted) * kPlace, std::memory_order_release);
       posted_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     work(job, 0);
+    entry_.fetch_and(kPlace - 1, std::memory_order_acq_rel);
     wait(loop);
   }
 
@@ -60,7 +62,7 @@ class Pool {
   struct Job {
     Loop loop;
     int64_t count;
-    int wanted;  // workers 1..wanted take part
+    int places;
   };
 
   void start_workers(int wanted) {
@@ -72,7 +74,7 @@ class Pool {
 #endif
       bool started = true;
       try {
-        std::thread(&Pool::serve, this, workers_ + 1, posted_.load(std::memory_order_relaxed)).detach();
+        std::thread(&Pool::serve, this, posted_.load(std::memory_order_relaxed)).detach();
       } catch (...) {  // out of threads or memory: do with those there are
         started = false;
       }
@@ -84,14 +86,17 @@ class Pool {
     }
   }
 
-  void serve(int worker, uint64_t seen) {
+  void serve(uint64_t seen) {
     for (;;) {
-      const Job job = next_job(seen);
-      if (worker > job.wanted) continue;
-      work(job, worker);
-      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        done_.notify_one();
+      wait_for_job(seen);
+      for (uint32_t entry = entry_.load(std::memory_order_acquire); entry >= kPlace;) {
+        if (!entry_.compare_exchange_weak(entry, entry - kPlace + 1, std::memory_order_acq_rel)) continue;
+        work(job_, job_.places + 1 - static_cast<int>(entry / kPlace));
+        if (entry_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+          std::lock_guard<std::mutex> lock(mutex_);
+          done_.notify_one();
+        }
+        break;
       }
     }
   }
@@ -103,16 +108,15 @@ class Pool {
 
   // Jobs often follow each other closely, as steps of decoding do, and to be woken takes as long as many of them: look
   // some tens of microseconds before going to sleep.
-  Job next_job(uint64_t& seen) {
+  void wait_for_job(uint64_t& seen) {
     for (int i = 0; i < kSpins && posted_.load(std::memory_order_acquire) == seen; ++i) relax();
     std::unique_lock<std::mutex> lock(mutex_);
     wake_.wait(lock, [&] { return posted_.load(std::memory_order_relaxed) != seen; });
     seen = posted_.load(std::memory_order_relaxed);
-    return job_;
   }
 
   void wait(const Loop& loop) {
-    const auto finished = [&] { return running_.load(std::memory_order_acquire) == 0; };
+    const auto finished = [&] { return entry_.load(std::memory_order_acquire) == 0; };
     for (int i = 0; i < kSpins; ++i) {
       if (finished()) return;
       relax();
@@ -126,14 +130,15 @@ class Pool {
   }
 
   static constexpr int kSpins = 4000;
+  static constexpr uint32_t kPlace = 1 << 16;
 
   std::atomic<bool> busy_{false};
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::atomic<uint64_t> posted_{0};  // jobs so far
-  Job job_{};
+  Job job_{};                        // changes only while no worker has a place
   std::atomic<int64_t> next_{0};
-  std::atomic<int> running_{0};
+  std::atomic<uint32_t> entry_{0};  // how many workers have a place, and kPlace for each that is free
   int workers_ = 0;
 };
 
