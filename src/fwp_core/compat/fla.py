@@ -682,7 +682,7 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
 def _l2norm(x: Tensor) -> Tensor:
     wide = x.to(_wide(x))
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return torch.mul(wide, (length * length + _NORM_EPS).rsqrt()).to(x.dtype)
+    return torch.div(wide, torch.hypot(length, torch.full_like(length, _NORM_EPS**0.5))).to(x.dtype)
 
 
 def _sum(gate: State, other: State) -> State:
