@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <string>
+#include <vector>
 
 #include "../cpp/scan/arena.hpp"
 #include "../cpp/scan/backend.hpp"
@@ -113,7 +115,8 @@ void put(const int64_t* from, int64_t count, int64_t* to, Queue& queue) {
   }
 }
 
-void place_integers(Problem& p, int64_t* integers, Queue& queue) {
+// inner: p, whose offsets will be there.
+void place_integers(const Problem& p, Problem& inner, int64_t* integers, Queue& queue) {
   constexpr int kThreads = 256;
   constexpr size_t kShared = kThreads / kWarpSize * sizeof(int);
   int32_t* const fault = fault_word(p.device);
@@ -121,22 +124,19 @@ void place_integers(Problem& p, int64_t* integers, Queue& queue) {
     queue.run("check_offsets", check_offsets, {1}, kThreads, kShared, p.device_cu_seqlens, p.N, p.T, integers, fault);
   else if (p.cu_seqlens != nullptr)
     put(p.cu_seqlens, p.N + 1, integers, queue);
-  if (packed(p)) p.cu_seqlens = integers;
 
   if (p.device_state_indices.data != nullptr)
     queue.run("check_slots", check_slots, {1}, kThreads, kShared, p.device_state_indices, p.N, p.slots, integers,
               fault);
   else if (p.state_indices != nullptr)
     put(p.state_indices, p.N, integers, queue);
-  if (p.device_state_indices.data != nullptr || p.state_indices != nullptr) p.state_indices = integers;
+  if (p.device_state_indices.data != nullptr || p.state_indices != nullptr) inner.state_indices = integers;
 }
 
 // What kernels of earlier calls found wrong.
 void report_faults(int device) {
-  int32_t* const word = fault_word(device);
-  const auto found = static_cast<IntegerFault>(*word);
+  const auto found = static_cast<IntegerFault>(take_fault(device));
   if (found == IntegerFault::none) return;
-  *word = 0;
   throw Error(found == IntegerFault::cu_seqlens
                   ? "an earlier call: cu_seqlens: expected offsets that start with 0, never fall and end with T; "
                     "nothing was computed"
@@ -171,6 +171,8 @@ struct Plan {
   Plan(const Problem& p, void* workspace) : inner(p), arena(workspace) {
     // A step may have slots, which are not looked at before its memory is known.
     integers = arena.take<int64_t>(packed(p) || p.step ? p.N + 1 : 0);
+    static constexpr int64_t kNowhere = 0;  // counting memory is about packed sequences, too
+    if (packed(p)) inner.cu_seqlens = workspace != nullptr ? integers : &kNowhere;
   }
   // The problem of the scan itself: keys and queries are rows that the features have made.
   void map(const Problem& p, Queue* queue) {
@@ -203,7 +205,7 @@ void scan(Plan& plan, Size chunk_size, Run chunk, Size size,
 }
 
 void plan_forward(const Problem& p, Plan& plan, Queue* queue) {
-  if (queue != nullptr) place_integers(plan.inner, plan.integers, *queue);
+  if (queue != nullptr) place_integers(p, plan.inner, plan.integers, *queue);
   plan.map(p, queue);
   if (!p.step)
     return scan(plan, chunk::forward_workspace, chunk::forward, recurrent::forward_workspace, recurrent::forward,
@@ -213,7 +215,7 @@ void plan_forward(const Problem& p, Plan& plan, Queue* queue) {
 }
 
 void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
-  if (queue != nullptr) place_integers(plan.inner, plan.integers, *queue);
+  if (queue != nullptr) place_integers(p, plan.inner, plan.integers, *queue);
   plan.map(p, queue);
   const auto gradient = [&](Rows Problem::* to, Rows Problem::* of) {
     if (p.features.active() && (p.*of).data != nullptr && ((p.*to).data != nullptr || queue == nullptr))
@@ -236,7 +238,7 @@ void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
 }
 
 void plan_diagnose(const Problem& p, Plan& plan, Queue* queue) {
-  if (queue != nullptr) place_integers(plan.inner, plan.integers, *queue);
+  if (queue != nullptr) place_integers(p, plan.inner, plan.integers, *queue);
   plan.map(p, queue);
   if (queue != nullptr) recurrent::diagnose(plan.inner, *queue);
 }
@@ -263,33 +265,38 @@ int64_t checkpoint_elements(const Problem&) { return 0; }
 
 // Runs the kernels of a plan on the problem's device and stream.
 template <class Body>
-Outcome on_device(const Problem& p, int64_t outputs, void* workspace, size_t bytes, const Body& body) {
+Outcome on_device(const Problem& p, int64_t outputs, void* workspace, size_t (*query)(const Problem&),
+                  const Body& body) {
   return guarded([&] {
     const UseDevice use(p.device);
     report_faults(p.device);
-    Queue queue(p.stream, memory_of(p, outputs, workspace, bytes));
+    const size_t bytes = kEmulated ? query(p) : 0;
+    Queue queue(p.stream, kEmulated ? memory_of(p, outputs, workspace, bytes) : std::vector<Memory>());
     Plan plan(p, workspace);
     body(plan, queue);
+    if (kEmulated && plan.arena.used() > bytes)
+      throw Error("workspace: a query said " + std::to_string(bytes) + " bytes, the call took " +
+                  std::to_string(plan.arena.used()));
   });
 }
 
 Outcome forward(const Problem& p, void* workspace) {
-  return on_device(p, p.V, workspace, forward_workspace(p),
+  return on_device(p, p.V, workspace, forward_workspace,
                    [&](Plan& plan, Queue& queue) { plan_forward(p, plan, &queue); });
 }
 Outcome backward(const Problem& p, void* workspace) {
-  return on_device(p, p.V, workspace, backward_workspace(p),
+  return on_device(p, p.V, workspace, backward_workspace,
                    [&](Plan& plan, Queue& queue) { plan_backward(p, plan, &queue); });
 }
 Outcome diagnose(const Problem& p, void* workspace) {
-  return on_device(p, kProbes, workspace, diagnose_workspace(p),
+  return on_device(p, kProbes, workspace, diagnose_workspace,
                    [&](Plan& plan, Queue& queue) { plan_diagnose(p, plan, &queue); });
 }
 Outcome map_rows(const Problem& p, void*) {
   Problem one_head = p;  // as memory_of looks at it
   one_head.N = one_head.H = 1;
   one_head.V = p.K;
-  return on_device(one_head, p.K, nullptr, 0, [&](Plan&, Queue& queue) {
+  return on_device(one_head, p.K, nullptr, map_workspace, [&](Plan&, Queue& queue) {
     const features::Shape shape{1, p.T, 1};
     if (p.d_o.data == nullptr)
       features::forward(p.features, shape, p.q, p.o, queue);

@@ -1,6 +1,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "device.hpp"
 
@@ -35,21 +36,34 @@ struct Device {
 };
 Device devices[kMostDevices];
 
+// While this exists, calls that are not for streams do not disturb what this thread captures into a graph.
+class BesideCapture {
+ public:
+  BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCapture(const BesideCapture&) = delete;
+  BesideCapture& operator=(const BesideCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // Made when the device is first used, and kept: streams of the caller may outlive any of our objects.
 Device& device_of(int number) {
   if (number < 0 || number >= kMostDevices) throw Error("cuda:" + std::to_string(number) + ": no such device");
   Device& device = devices[number];
   std::call_once(device.once, [&] {
+    const BesideCapture beside;
+    void* word = nullptr;
+    check("cudaHostAlloc", cudaHostAlloc(&word, sizeof(int32_t), cudaHostAllocMapped | cudaHostAllocPortable));
+    device.fault = static_cast<int32_t*>(word);
+    *device.fault = 0;
     cudaMemPoolProps properties = {};
     properties.allocType = cudaMemAllocationTypePinned;
     properties.location = {cudaMemLocationTypeDevice, number};
     check("cudaMemPoolCreate", cudaMemPoolCreate(&device.pool, &properties));
     uint64_t keep = idle_limit();
     check("cudaMemPoolSetAttribute", cudaMemPoolSetAttribute(device.pool, cudaMemPoolAttrReleaseThreshold, &keep));
-    void* word = nullptr;
-    check("cudaHostAlloc", cudaHostAlloc(&word, sizeof(int32_t), cudaHostAllocMapped | cudaHostAllocPortable));
-    device.fault = static_cast<int32_t*>(word);
-    *device.fault = 0;
   });
   return device;
 }
@@ -60,19 +74,30 @@ const char* device_state() {
   static const std::string state = [] {
     int count = 0;
     const cudaError_t status = cudaGetDeviceCount(&count);
-    if (status == cudaSuccess && count > 0) return std::string("available");
+    if (status != cudaSuccess) {
+      cudaGetLastError();
+      return std::string(cudaGetErrorString(status));
+    }
+    for (int i = 0, major = 0; i < count; ++i) {
+      if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i) == cudaSuccess && major >= 8)
+        return std::string("available");
+    }
     cudaGetLastError();
-    return std::string(status == cudaSuccess ? "without a device" : cudaGetErrorString(status));
+    return std::string("without a device of compute capability 8.0 or newer");
   }();
   return state.c_str();
 }
 
 UseDevice::UseDevice(int device) {
   check("cudaGetDevice", cudaGetDevice(&before_));
-  if (before_ != device) check("cudaSetDevice", cudaSetDevice(device));
+  if (before_ == device) return;
+  check("cudaSetDevice", cudaSetDevice(device));
+  changed_ = true;
 }
 
-UseDevice::~UseDevice() { cudaSetDevice(before_); }
+UseDevice::~UseDevice() {
+  if (changed_) cudaSetDevice(before_);
+}
 
 void* device_allocate(int device, size_t bytes, void* stream) {
   void* memory = nullptr;
@@ -110,6 +135,7 @@ void device_wait(void* from, void* to) {
 }
 
 int32_t* fault_word(int device) { return device_of(device).fault; }
+int32_t take_fault(int device) { return __atomic_exchange_n(fault_word(device), 0, __ATOMIC_RELAXED); }
 
 #else
 
@@ -133,6 +159,7 @@ int32_t* fault_word(int) {
   static int32_t word = 0;
   return &word;
 }
+int32_t take_fault(int device) { return std::exchange(*fault_word(device), 0); }
 
 #endif
 

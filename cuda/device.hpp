@@ -22,6 +22,7 @@ class UseDevice {
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 // Of a pool that keeps up to FWP_CACHE_MB idle; nullptr: there is none.
@@ -34,5 +35,7 @@ void device_wait(void* from, void* to);
 
 // Zero until a kernel writes to it. Host memory that the device writes to: reading it waits for nothing.
 int32_t* fault_word(int device);
+// What it is, from now on zero.
+int32_t take_fault(int device);
 
 }  // namespace fwp::cuda

@@ -1,6 +1,7 @@
 // Kernels on a stream. Under the emulator they run at once, on the host, and what they may touch is what was announced.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -12,7 +13,9 @@
 namespace fwp::cuda {
 
 struct Grid {
-  unsigned x = 1, y = 1, z = 1;  // y and z up to 65535
+  int64_t x = 1, y = 1, z = 1;
+
+  static constexpr int64_t kMost = INT32_MAX, kMostOthers = 65535;
 };
 
 // Inside the back end; its border (backend.cu) turns it into Outcome::failed.
@@ -27,9 +30,15 @@ struct Memory {
   bool writable;
 };
 
-// Shared memory that one block of threads can have on a device.
+// Shared memory that one block of threads can have on a device, by default the current one.
 #ifdef __CUDACC__
-inline size_t most_shared_bytes(int device) {
+constexpr bool kEmulated = false;
+inline int current_device() {
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) cudaGetLastError();
+  return device;
+}
+inline size_t most_shared_bytes(int device = current_device()) {
   int bytes = 0;
   if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess)
     return static_cast<size_t>(bytes);
@@ -37,8 +46,9 @@ inline size_t most_shared_bytes(int device) {
   return 48 << 10;  // every device has that
 }
 #else
+constexpr bool kEmulated = true;
 inline size_t emulated_shared_bytes = 227 << 10;  // tests may take less
-inline size_t most_shared_bytes(int /*device*/) { return emulated_shared_bytes; }
+inline size_t most_shared_bytes(int /*device*/ = 0) { return emulated_shared_bytes; }
 #endif
 
 class Queue {
@@ -50,6 +60,8 @@ class Queue {
   void run(const char* name, void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes,
            const Arguments&... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    if (grid.x > Grid::kMost || std::max(grid.y, grid.z) > Grid::kMostOthers)
+      throw Error(std::string(name) + ": the problem takes more blocks of threads than a launch can have");
     launch(name, kernel, grid, threads, shared_bytes, Parameters(arguments)...);
   }
 
@@ -59,13 +71,14 @@ class Queue {
   void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes,
               Parameters... parameters) {
     constexpr size_t kWithoutAsking = 48 << 10;
-    if (shared_bytes > kWithoutAsking)
-      check(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    if (shared_bytes > kWithoutAsking)  // for all that is possible: other threads launch the same kernel
+      check(name,
+            cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(most_shared_bytes())));
+    const auto size = [](int64_t n) { return static_cast<unsigned>(n); };
     void* pointers[] = {&parameters..., nullptr};
-    check(name, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z),
-                                 dim3(static_cast<unsigned>(threads)), pointers, shared_bytes,
-                                 static_cast<cudaStream_t>(stream_)));
+    check(name, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(size(grid.x), size(grid.y), size(grid.z)),
+                                 dim3(size(threads)), pointers, shared_bytes, static_cast<cudaStream_t>(stream_)));
   }
   static void check(const char* name, cudaError_t status) {
     if (status == cudaSuccess) return;
@@ -76,10 +89,14 @@ class Queue {
   template <class... Parameters>
   void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes,
               Parameters... parameters) {
+    if (shared_bytes > emulated_shared_bytes)
+      throw Error(std::string(name) + ": " + std::to_string(shared_bytes) + " bytes of shared memory, more than " +
+                  std::to_string(emulated_shared_bytes));
+    const auto size = [](int64_t n) { return static_cast<unsigned>(n); };
     simt::Options options = simt::options_from_environment();
     for (const Memory& m : memory_) options.global.push_back({m.begin, m.bytes, m.writable});
     try {
-      simt::launch({grid.x, grid.y, grid.z}, static_cast<unsigned>(threads), shared_bytes, options,
+      simt::launch({size(grid.x), size(grid.y), size(grid.z)}, size(threads), shared_bytes, options,
                    [&] { kernel(parameters...); });
     } catch (const simt::Fault& fault) {
       throw Error(std::string(name) + ": " + fault.what());

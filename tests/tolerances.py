@@ -27,6 +27,8 @@ TOLERANCE = {
 # On a CUDA device, where these tests look at the way to the kernels and back. The precision of those, of the
 # chunk form's float16 operands, too, is what tests/cuda look at.
 DEVICE = {"float32": 1e-5, "float64": 1e-12, "float16": 2.0**-8, "bfloat16": 2.0**-6}
+# States of halves, in float32, that tensor cores compute of float16 operands, each rounded twice at most.
+TENSOR_CORES = 2.0**-10
 
 # A feature, element by element: an exponential, the sum of such, and a division, at few units in the last
 # place each. The exponent of FAVOR is a difference, with as many units of its terms.

@@ -28,11 +28,11 @@ Backward take(Arena& arena, const Problem& p, const Window& window, int32_t* lef
     x.E = SavedRows::take(arena, n, columns);
     x.dE = SavedRows::take(arena, n, columns);
   }
-  x.dq = Parts::take(arena, p, window, p.dq, value_tiles(p), p.K);
-  x.dk = Parts::take(arena, p, window, p.dk, value_tiles(p), p.K);
-  x.dv = Parts::take(arena, p, window, p.dv, 1, p.V);
-  x.dbeta = Parts::take(arena, p, window, p.dbeta, value_tiles(p), 1);
-  x.dg = Parts::take(arena, p, window, p.dg, value_tiles(p), 1);
+  x.dq = Parts::take(arena, p, window, p.q, p.dq, value_tiles(p), p.K);
+  x.dk = Parts::take(arena, p, window, p.k, p.dk, value_tiles(p), p.K);
+  x.dv = Parts::take(arena, p, window, p.v, p.dv, 1, p.V);
+  x.dbeta = Parts::take(arena, p, window, p.beta, p.dbeta, value_tiles(p), 1);
+  x.dg = Parts::take(arena, p, window, p.g, p.dg, value_tiles(p), 1);
   return x;
 }
 

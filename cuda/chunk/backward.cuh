@@ -11,9 +11,12 @@ struct Parts {
   float* numbers = nullptr;
   int64_t tiles = 1, size = 1;
 
-  static Parts take(Arena& arena, const Problem& p, const Window& w, const Rows& sums, int64_t tiles, int64_t size) {
-    if (sums.data == nullptr || (sums.group == 1 && tiles == 1)) return {};
-    return {arena.take<float>(places(p, w) * tiles * kChunk * size), tiles, size};
+  // Of an input's gradient, `sums`. Memory goes by the input, so that a query for it needs no gradients.
+  static Parts take(Arena& arena, const Problem& p, const Window& w, const Rows& input, const Rows& sums, int64_t tiles,
+                    int64_t size) {
+    if (input.group == 1 && tiles == 1) return {};
+    const Parts parts{arena.take<float>(places(p, w) * tiles * kChunk * size), tiles, size};
+    return sums.data != nullptr ? parts : Parts{};
   }
   // The row of the first token of the chunk in a slot.
   FWP_DEVICE int64_t row(const Problem& p, const Window& w, const Sequence& s, int64_t slot, int64_t h,

@@ -5,19 +5,20 @@ namespace {
 
 template <class T, Map map, bool backward>
 void run(Pass pass, Queue& queue) {
-  constexpr int64_t kMostShared = 227 << 10, kWarps = 4;
+  constexpr int64_t kWarps = 4;
+  const auto most = static_cast<int64_t>(most_shared_bytes());
   const Features& f = pass.features;
   pass.room = Room::of<T>(f, backward);
   const int64_t bytes = pass.room.numbers * static_cast<int64_t>(sizeof(T));
-  if (bytes > kMostShared)
+  if (bytes > most)
     throw Error("feature map: a row of " + std::to_string(f.inputs) + " numbers with " + std::to_string(f.outputs) +
                 " features takes " + std::to_string(bytes) + " bytes of shared memory, more than " +
-                std::to_string(kMostShared));
-  const int64_t warps = bytes * kWarps <= kMostShared ? kWarps : 1;
+                std::to_string(most));
+  const int64_t warps = bytes * kWarps <= most ? kWarps : 1;
   const int64_t rows = pass.shape.B * pass.shape.T * pass.shape.heads, of_block = warps * kRowsPerWarp;
   queue.run(backward ? "feature map, backward" : "feature map", transform<T, map, backward>,
-            {static_cast<unsigned>((rows + of_block - 1) / of_block)}, static_cast<int>(warps * kWarpSize),
-            static_cast<size_t>(warps * bytes), pass);
+            {(rows + of_block - 1) / of_block}, static_cast<int>(warps * kWarpSize), static_cast<size_t>(warps * bytes),
+            pass);
 }
 
 template <class T, bool backward>

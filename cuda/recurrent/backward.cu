@@ -102,15 +102,14 @@ void backward(const Problem& p, const Cut& cut, void* workspace, const int32_t* 
     const int64_t windows = plan.whole ? 1 : longest / plan.cut.window + 1;
     for (int64_t window = windows - 1; window >= 0; --window) {
       with_types(p, plan.room.in_shared, [&](auto rule, auto decay, auto place) {
-        queue.run("scan_backward", scan_backward<T, decltype(rule), decltype(decay), decltype(place)>,
-                  grid(plan.blocks(p)), threads(p), plan.room.shared_bytes(), p, plan, window);
+        queue.run("scan_backward", scan_backward<T, decltype(rule), decltype(decay), decltype(place)>, {plan.blocks(p)},
+                  threads(p), plan.room.shared_bytes(), p, plan, window);
       });
       if (adds)
-        queue.run("add_rows", add_rows<T>, grid(plan.whole ? tokens(p) : plan.cut.strips * plan.rows), 128, 0, p, plan,
+        queue.run("add_rows", add_rows<T>, {plan.whole ? tokens(p) : plan.cut.strips * plan.rows}, 128, 0, p, plan,
                   window);
     }
-    if (p.attention_norm && p.dh0.data != nullptr)
-      queue.run("add_z", add_z<T>, grid(p.N * p.H), threads(p), 0, p, plan);
+    if (p.attention_norm && p.dh0.data != nullptr) queue.run("add_z", add_z<T>, {p.N * p.H}, threads(p), 0, p, plan);
   });
 }
 void backward(const Problem& p, void* workspace, const int32_t* only, Queue& queue) {

@@ -13,8 +13,7 @@ void run(const Problem& p, Queue& queue) {
   if (bytes(columns) > most)
     throw Error("diagnose: keys of " + std::to_string(p.K) + " numbers take " + std::to_string(bytes(columns)) +
                 " bytes of shared memory, more than " + std::to_string(most));
-  queue.run("diagnose", probe_tokens<T>, {static_cast<unsigned>(p.N * p.H)}, kDiagnoseThreads, bytes(columns), p,
-            columns);
+  queue.run("diagnose", probe_tokens<T>, {p.N * p.H}, kDiagnoseThreads, bytes(columns), p, columns);
 }
 
 }  // namespace

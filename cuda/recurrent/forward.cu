@@ -56,8 +56,7 @@ void step(const Problem& p, void* workspace, Queue& queue) {
     plan.workspace = memory.workspace;
     plan.z = memory.z;
     launch_forward<true>(p, plan, queue);
-    if (plan.z != nullptr)
-      queue.run("put_z", put_z<T>, grid(p.N * p.H), threads(p), 0, p, static_cast<const T*>(plan.z));
+    if (plan.z != nullptr) queue.run("put_z", put_z<T>, {p.N * p.H}, threads(p), 0, p, static_cast<const T*>(plan.z));
   });
 }
 

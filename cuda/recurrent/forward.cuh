@@ -121,7 +121,7 @@ template <bool outputs, class T>
 void launch_forward(const Problem& p, const ForwardPlan<T>& plan, Queue& queue) {
   with_types(p, plan.room.in_shared, [&](auto rule, auto decay, auto place) {
     queue.run("scan_forward", scan_forward<T, decltype(rule), decltype(decay), decltype(place), outputs>,
-              grid(plan.blocks(p)), threads(p), plan.room.shared_bytes(), p, plan);
+              {plan.blocks(p)}, threads(p), plan.room.shared_bytes(), p, plan);
   });
 }
 

@@ -11,10 +11,6 @@
 namespace fwp::cuda::recurrent {
 
 inline bool packed(const Problem& p) { return p.cu_seqlens != nullptr || p.device_cu_seqlens.data != nullptr; }
-inline Grid grid(int64_t blocks) {
-  if (blocks > INT32_MAX) throw Error("more sequences, heads and value columns than there can be blocks of threads");
-  return {static_cast<unsigned>(blocks)};
-}
 inline int64_t tiles(const Problem& p) { return std::max<int64_t>(1, (p.V + kColumns - 1) / kColumns); }
 inline int64_t warps(const Problem& p) {
   return std::min<int64_t>(std::max<int64_t>((p.K + kWarpSize - 1) / kWarpSize, 1), kMostWarps);

@@ -24,8 +24,8 @@ void run(const Problem& p, Queue& queue) {
   shape.wide = wide<T>(p);
   const auto launch = [&](auto* kernel) {
     const int64_t blocks = shape.tiles / shape.tiles_of_block * p.H * p.N;
-    queue.run("step", kernel, {static_cast<unsigned>(blocks)}, kStepThreads,
-              static_cast<size_t>(StepRoom<T>::numbers(p.K)) * sizeof(T), p, shape);
+    queue.run("step", kernel, {blocks}, kStepThreads, static_cast<size_t>(StepRoom<T>::numbers(p.K)) * sizeof(T), p,
+              shape);
   };
   if (p.K <= 4 * kDown) return launch(step_tokens<T, 4>);
   if (p.K <= 8 * kDown) return launch(step_tokens<T, 8>);
