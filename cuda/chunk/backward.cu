@@ -1,6 +1,7 @@
 // Windows of time, the last first: forward from the state before the window, saving what the gradients need, back
 // through it, and then all its chunks at once. Memory grows with the window, not with time, and no bit depends on it.
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "backward.cuh"
@@ -9,7 +10,6 @@ namespace fwp::cuda::chunk {
 namespace {
 
 constexpr size_t kWindowBytes = size_t{256} << 20;
-constexpr int64_t kFewestChunks = 16;
 constexpr int kThreads = 128;
 
 Backward take(Arena& arena, const Problem& p, const Window& window, int32_t* left) {
@@ -36,13 +36,15 @@ Backward take(Arena& arena, const Problem& p, const Window& window, int32_t* lef
   return x;
 }
 
-// The longest windows that fit, or those that are asked for.
+// The longest windows that fit, or those that are asked for. Where not even those fit that are as long as there are
+// windows, these: then states carried between windows take about as much as what a window holds.
 int64_t slots_of_window(const Problem& p, int64_t asked) {
   if (asked > 0) return std::min(slots_of_axis(p), asked);
   Arena one(nullptr);
   take(one, p, {0, 1}, nullptr);
   const auto fit = static_cast<int64_t>(kWindowBytes / std::max(one.bytes(), size_t{1}));
-  return std::min(slots_of_axis(p), std::max(fit, kFewestChunks));
+  const auto even = static_cast<int64_t>(std::sqrt(static_cast<double>(slots_of_axis(p)))) + 1;
+  return std::min(slots_of_axis(p), std::max(fit, even));
 }
 
 // What goes on from window to window, [windows - 1][axis][H][K][V]: states at first, adjoints of states at last.
