@@ -1,5 +1,5 @@
 // The back end's border: from a validated problem to kernels on its stream. Integers go to the device, features are a
-// pass of their own, and then the form that serves the problem runs.
+// pass of their own, and then the scan runs, in segments or whole (segments.hpp, forms.hpp).
 #include <algorithm>
 #include <cstdio>
 #include <exception>
@@ -8,11 +8,11 @@
 
 #include "../cpp/scan/arena.hpp"
 #include "../cpp/scan/backend.hpp"
-#include "chunk/chunk.hpp"
 #include "device.hpp"
 #include "features/features.hpp"
 #include "integers.cuh"
 #include "recurrent/recurrent.hpp"
+#include "segments.hpp"
 
 namespace fwp::cuda {
 namespace {
@@ -188,30 +188,14 @@ struct Plan {
   }
 };
 
-using Size = size_t (*)(const Problem&);
-using Run = void (*)(const Problem&, void*, int32_t*, Queue&);
-
-// The chunk form where it serves, and what it gave up again; queue == nullptr only counts memory.
-void scan(Plan& plan, Size chunk_size, Run chunk, Size size,
-          void (*recurrent)(const Problem&, void*, const int32_t*, Queue&), Queue* queue) {
-  const Problem& p = plan.inner;
-  const bool chunks = chunk::serves(p);
-  auto* const left = plan.arena.take<int32_t>(chunks ? p.N * p.H : 0);
-  const size_t bytes = std::max(chunks ? chunk_size(p) : 0, size(p));
-  void* const rest = plan.arena.take<char>(static_cast<int64_t>(bytes));
-  if (queue == nullptr) return;
-  if (chunks) chunk(p, rest, left, *queue);
-  recurrent(p, rest, chunks ? left : nullptr, *queue);
-}
-
 void plan_forward(const Problem& p, Plan& plan, Queue* queue) {
   if (queue != nullptr) place_integers(p, plan.inner, plan.integers, *queue);
   plan.map(p, queue);
-  if (!p.step)
-    return scan(plan, chunk::forward_workspace, chunk::forward, recurrent::forward_workspace, recurrent::forward,
-                queue);
-  void* const rest = plan.arena.take<char>(static_cast<int64_t>(recurrent::step_workspace(plan.inner)));
-  if (queue != nullptr) recurrent::step(plan.inner, rest, *queue);
+  const int64_t length = segments::length(plan.inner);
+  const size_t bytes = p.step ? recurrent::step_workspace(plan.inner) : segments::forward_workspace(plan.inner, length);
+  void* const rest = plan.arena.take<char>(static_cast<int64_t>(bytes));
+  if (queue == nullptr) return;
+  p.step ? recurrent::step(plan.inner, rest, *queue) : segments::forward(plan.inner, length, rest, *queue);
 }
 
 void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
@@ -223,11 +207,10 @@ void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
   };
   gradient(&Problem::dq, &Problem::q);
   gradient(&Problem::dk, &Problem::k);
-  const Size chunk_size = [](const Problem& x) { return chunk::backward_workspace(x); };
-  const Run chunk_run = [](const Problem& x, void* memory, int32_t* left, Queue& to) {
-    chunk::backward(x, memory, left, to);
-  };
-  scan(plan, chunk_size, chunk_run, recurrent::backward_workspace, recurrent::backward, queue);
+  const int64_t length = segments::length(plan.inner);
+  const size_t bytes = segments::backward_workspace(plan.inner, length);
+  void* const rest = plan.arena.take<char>(static_cast<int64_t>(bytes));
+  if (queue != nullptr) segments::backward(plan.inner, length, rest, *queue);
   if (queue == nullptr || !p.features.active()) return;
   for (const auto& [to, of] : {std::pair{&Problem::dq, &Problem::q}, std::pair{&Problem::dk, &Problem::k}}) {
     const Rows& d = p.*to;

@@ -90,8 +90,9 @@ struct Sequence {
 };
 FWP_DEVICE Sequence sequence(const Problem& p, int64_t n) {
   if (p.cu_seqlens == nullptr) return {n, 0, p.T};
-  const int64_t begin = load_global(p.cu_seqlens + n);
-  return {0, begin, load_global(p.cu_seqlens + n + 1) - begin};
+  const int64_t begin = load_global(p.cu_seqlens + n), length = load_global(p.cu_seqlens + n + 1) - begin;
+  const int64_t b = p.batch_tokens > 0 ? load_global(p.cu_seqlens + p.N + 1 + n) : 0;
+  return {b, begin - b * p.batch_tokens, length};
 }
 
 // Which of the states belongs to sequence n; kNoSlot: none. In kernels p.state_indices is device memory.

@@ -52,6 +52,9 @@ struct Problem {
   bool step = false;         // decoding: hT is h0, updated in place
   int64_t N = 0, T = 0, H = 0, K = 0, V = 0;
   const int64_t* cu_seqlens = nullptr;     // N+1 offsets into the T axis of batch 0; nullptr: sequence n is batch n
+  // In kernels, where a back end lays the rows of all batches one after the other: the tokens of a batch; cu_seqlens
+  // count those of all, and after them come the batches [N]. 0: not so.
+  int64_t batch_tokens = 0;
   const int64_t* state_indices = nullptr;  // [N], in a step: slots in the states; kNoSlot: leave the sequence out
   Features features;                       // what makes keys and queries of size K from the rows of q and k
   bool attention_norm = false;

@@ -158,4 +158,23 @@ void backward(const Problem& problem, void* workspace, int32_t* left, Queue& que
     queue.run("chunk flags", leave_bundles, {static_cast<unsigned>(p.N * (p.H / bundle))}, kWarpSize, 0, left, bundle);
 }
 
+size_t adjoint_workspace(const Problem& p) {
+  Arena arena(nullptr);
+  Prepared::take(arena, p, all_slots(p));
+  return arena.bytes();
+}
+
+void adjoint(const Problem& p, void* workspace, int32_t* left, Queue& queue) {
+  Arena arena(workspace);
+  Backward x;
+  x.p = p;
+  x.p.dv = {};
+  x.window = all_slots(p);
+  x.prepared = Prepared::take(arena, p, x.window);
+  x.left = left;
+  clear_left(p, left, queue);
+  prepare(p, x.window, x.prepared, left, queue);
+  run_reverse_scan(x, queue);
+}
+
 }  // namespace fwp::cuda::chunk

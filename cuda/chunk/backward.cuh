@@ -51,8 +51,7 @@ struct Backward {
 inline int64_t value_tile(const Problem& p) { return p.V <= 64 ? 64 : 128; }
 inline int64_t value_tiles(const Problem& p) { return (p.V + value_tile(p) - 1) / value_tile(p); }
 
-// Forward through a window, saving; back through it; what all its chunks give. Files of their own: compilers take long.
-void run_states_scan(const Scan& x, Queue& queue);
+// Back through a window; what all its chunks give. Files of their own, as run_states_scan: compilers take long.
 void run_reverse_scan(const Backward& x, Queue& queue);
 void run_gradients(const Backward& x, Queue& queue);
 

@@ -11,10 +11,14 @@ bool serves(const Problem& p);
 
 // The heads [N][H] that this form gave up, with data that are not finite or out of the range of its operands, are not 0
 // in `left` afterwards, and nothing of their outputs counts: the recurrent form does them again.
+// Without p.o only the states are computed.
 size_t forward_workspace(const Problem& p);
 void forward(const Problem& p, void* workspace, int32_t* left, Queue& queue);
 // window: chunks of time that the backward has in memory at once; 0: as many as fit. No bit depends on it.
 size_t backward_workspace(const Problem& p, int64_t window = 0);
 void backward(const Problem& p, void* workspace, int32_t* left, Queue& queue, int64_t window = 0);
+// Of the gradients dh0 alone: no state is looked at.
+size_t adjoint_workspace(const Problem& p);
+void adjoint(const Problem& p, void* workspace, int32_t* left, Queue& queue);
 
 }  // namespace fwp::cuda::chunk

@@ -21,7 +21,7 @@ void forward(const Problem& p, void* workspace, int32_t* left, Queue& queue) {
   const Scan x{p, window, Prepared::take(arena, p, window), left};
   clear_left(p, left, queue);
   prepare(p, window, x.prepared, left, queue);
-  run_scan<true>(x, queue);
+  p.o.data != nullptr ? run_scan<true>(x, queue) : run_states_scan(x, queue);
 }
 
 }  // namespace fwp::cuda::chunk

@@ -40,7 +40,7 @@ struct Span {
   FWP_DEVICE static Span of(const Problem& p, const Window& w, int64_t n, const Sequence& s) {
     const int64_t slot = first_slot(p, n), chunks = (s.length + kChunk - 1) / kChunk, last = w.begin + w.count - slot;
     const int64_t begin = w.begin > slot ? w.begin - slot : 0, end = chunks < last ? chunks : last;
-    return {s.b,
+    return {p.cu_seqlens != nullptr ? 0 : s.b,
             slot,
             static_cast<int>(chunks),
             static_cast<int>(begin),

@@ -369,5 +369,7 @@ void run_scan(const Scan& x, Queue& queue) {
               x);
   });
 }
+// Without outputs: states alone, and what a backward saves of them.
+void run_states_scan(const Scan& x, Queue& queue);
 
 }  // namespace fwp::cuda::chunk

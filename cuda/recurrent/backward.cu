@@ -92,7 +92,9 @@ void backward(const Problem& p, const Cut& cut, void* workspace, const int32_t* 
     using T = decltype(number);
     Arena arena(workspace);
     const BackwardPlan<T> plan(p, cut, only, arena);
-    if (p.T > plan.cut.segment) launch_forward<false>(p, plan.forward, queue);
+    Problem states = p;
+    states.hT = {};
+    if (p.T > plan.cut.segment) launch_forward<false>(states, plan.forward, queue);
 
     bool adds = false;
     for (const Gradient<T>& gradient : plan.gradients)

@@ -17,7 +17,9 @@ void forward(const Problem& p, void* workspace, const int32_t* only, Queue& queu
   with_number(p, [&](auto number) {
     ForwardPlan<decltype(number)> plan(p, only, 1);
     plan.workspace = static_cast<decltype(number)*>(workspace);
-    launch_forward<true>(p, plan, queue);
+    if (p.o.data != nullptr) return launch_forward<true>(p, plan, queue);
+    plan.checkpoints.segment = INT64_MAX;
+    launch_forward<false>(p, plan, queue);
   });
 }
 

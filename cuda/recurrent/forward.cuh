@@ -73,7 +73,7 @@ FWP_DEVICE Block<T, Rule, Decay, Place> block_of(const Problem& p, const Sequenc
   return {p, s, h, tile, common, sums, rows + p.K * kRow<T>, rows};
 }
 
-// outputs: o and hT; else checkpoints.
+// outputs: o; else checkpoints. Either way hT.
 template <class T, class Rule, class Decay, class Place, bool outputs>
 FWP_KERNEL void scan_forward(FWP_PARAMETER Problem p, FWP_PARAMETER ForwardPlan<T> plan) {
   constexpr int C = kBlock<T>;
@@ -101,8 +101,8 @@ FWP_KERNEL void scan_forward(FWP_PARAMETER Problem p, FWP_PARAMETER ForwardPlan<
       store_tokens(p.o, block.at(p.o, t) + block.column(), p.o.t, tokens, o, warp(), warps());
     t += tokens;
   }
+  block.store_state(block.S, p.hT, slot, tile == 0 && plan.z == nullptr);
   if constexpr (outputs) {
-    block.store_state(block.S, p.hT, slot, tile == 0 && plan.z == nullptr);
     if (tile == 0 && plan.z != nullptr) block.store_z(block.S, plan.z + (n * p.H + h) * p.K);
   }
 }

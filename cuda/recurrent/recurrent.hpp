@@ -9,7 +9,7 @@ namespace fwp::cuda::recurrent {
 
 // p.features are not looked at: rows of q and k are keys of size p.K, of p.dtype or of its accumulation type
 // (p.q.dtype, p.k.dtype), and so are those of dq and dk. only: [N][H], the heads to do are those where it is not 0;
-// nullptr: all.
+// nullptr: all. Without p.o only the states are computed.
 size_t forward_workspace(const Problem& p);
 void forward(const Problem& p, void* workspace, const int32_t* only, Queue& queue);
 size_t backward_workspace(const Problem& p);
