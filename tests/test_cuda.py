@@ -207,41 +207,26 @@ def test_packed_sequences(framework, rule, where, integer):
     close(pullback(there.do, there.dfinal_state).dk, exact_gradients(case).dk)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-@EVERY_RULE
-def test_long_sequences_of_few_heads(rule, decay):
-    """They are cut into segments."""
-    are_the_oracles(make_case(rule, decay, B=1, T=1050, heads=(1, 1, 1), K=8, V=8), DeviceArray)
+# Sequences that are cut into segments.
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-def test_layouts_of_long_batches_do_not_matter(layout):
-    case = make_case("linear", "scalar", dtype=np.float16, B=2, T=2050, heads=(1, 2, 2), K=8, V=8)
-    there, plain = moved(case.map(layout)), moved(case)
-    for x, y in zip([*scan(there), *gradients(there)], [*scan(plain), *gradients(plain)], strict=True):
-        same(x, y)
-    are_the_oracles(case, DeviceArray)
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Several times as fast, without what the emulator looks for."""
+    monkeypatch.setenv("FWP_SIMT_CHECK", "0")
 
 
 @EVERY_RULE
-def test_long_packed_sequences(rule):
-    case = make_case(rule, "scalar", lengths=(1, 2500, 0, 1600), heads=(1, 1, 1), K=8, V=8)
-    are_the_oracles(case, DeviceArray)
+def test_long_sequences_of_few_heads(unchecked, rule):
+    are_the_oracles(make_case(rule, "channel", B=1, T=1030, heads=(1, 1, 1), K=4, V=3), DeviceArray)
+
+
+def test_long_packed_sequences(unchecked):
+    case = make_case("delta", "scalar", lengths=(1, 2000, 0, 2100), heads=(1, 1, 1), K=4, V=3)
     there = moved(case)
-    on_device = there.but(cu_seqlens=DeviceArray(case.cu_seqlens))
-    for x, y in zip(
-        [*scan(there), *gradients(there)], [*scan(on_device), *gradients(on_device)], strict=True
-    ):
+    o, final_state = scan(there.but(cu_seqlens=DeviceArray(case.cu_seqlens)))
+    for x, y, exact in zip((o, final_state), scan(there), exact_scan(case), strict=True):
         same(x, y)
-
-
-def test_a_packed_sequence_of_one_chunk():
-    """Where its offsets are does not change how much memory it takes."""
-    case = make_case("delta", "scalar", dtype=np.float16, lengths=(64,), heads=(1, 1, 1), K=8, V=8)
-    there = moved(case).but(cu_seqlens=DeviceArray(case.cu_seqlens))
-    for x, exact in zip(
-        [*scan(there), *gradients(there)], [*exact_scan(case), *exact_gradients(case)], strict=True
-    ):
         close(x, exact)
 
 
