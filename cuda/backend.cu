@@ -319,7 +319,8 @@ Outcome wait(int device, void* from, void* to) {
 }  // namespace fwp::cuda
 
 extern "C" __attribute__((visibility("default"))) const fwp::Backend* fwp_cuda_backend() {
-  static const fwp::Backend table{sizeof(fwp::Backend),
+  static const fwp::Backend table{FWP_LAYOUT,
+                                  sizeof(fwp::Backend),
                                   sizeof(fwp::Problem),
                                   fwp::cuda::device_state,
                                   fwp::cuda::forward_workspace,

@@ -3,23 +3,45 @@
 # here, tests it, records what the GPU makes of the primitives, measures. What comes out is a folder to commit.
 #
 #   scripts/gpu_check.sh [--dry] [--seconds N] [--only STEP,STEP] [--output FOLDER] [WHEELS]
+#   scripts/gpu_check.sh --collect WHEELS [PYTHON]
 #
-# WHEELS (or the variable of that name) is a folder with wheels of what this machine lacks of scikit-build-core,
-# cython, cython-cmake, pybind11, ninja, hypothesis, pytest, ml_dtypes, fla-core; doctest.h may be there too. torch with
-# CUDA, triton, numpy, cmake and nvcc are expected to be here. --dry goes through all steps without a GPU, on the
-# package that is installed and, where FWP_CUDA_PLUGIN names a plugin of the emulator, on that; no figures.
+# torch with CUDA, triton, numpy, cmake, nvcc and g++ are expected to be here. Of the other packages (gpu_packages.py
+# has them) those may be missing that are in WHEELS, or the folder that the variable of that name says. It is filled by
+# --collect on a machine with a network, for the Python of this one: 3.12, say. --dry goes through all steps without a
+# GPU, on the package that is installed and, where FWP_CUDA_PLUGIN names a plugin of the emulator, on that; no figures.
 #
 # A step that fails or outlasts its share of the seconds is reported, and the next one runs. Exit status: 0 if none did.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# A path that is the caller's, seen from the project's root too; for a program's name that is one on the path.
+CALLER=$PWD
+absolute() {
+  case $1 in
+    "" | /*) echo "$1" ;;
+    *) echo "$CALLER/$1" ;;
+  esac
+}
+program() {
+  case $1 in
+    */*) absolute "$1" ;;
+    *) echo "$1" ;;
+  esac
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+SCRIPT=$PWD/scripts/gpu_check.sh
 SKIPPED=77
-PYTHON=${PYTHON:-python3}
+PYTHON=$(program "${PYTHON:-python3}")
 HEADERS=(-std=c++17 -Icuda -Icpp/include)
+
+usage() {
+  sed -n 's/^#   scripts/usage: scripts/p' "$SCRIPT" >&2
+  exit 2
+}
 
 skip() {
   echo "skipped: $*"
-  exit $SKIPPED
+  exit "$SKIPPED"
 }
 
 # ---- the steps, each in a process of its own; their seconds are shares of SECONDS_IN_ALL ----
@@ -45,15 +67,7 @@ packages() {
   if compgen -G "$WHEELS/*.whl" >/dev/null; then
     "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$SITE" "$WHEELS"/*.whl || return
   fi
-  "$PYTHON" - <<'END'
-import importlib.util
-import sys
-
-needed = ["numpy", "torch", "pytest", "hypothesis", "ml_dtypes", "scikit_build_core", "pybind11", "Cython", "cython_cmake"]
-missing = [name for name in needed if importlib.util.find_spec(name) is None]
-print("missing:", *missing or ["nothing"])
-sys.exit(bool(missing))
-END
+  "$PYTHON" scripts/gpu_packages.py check ${DRY:+triton}
 }
 
 # The package, for this GPU only and without the level of the widest vectors: it compiles longest.
@@ -100,7 +114,7 @@ print(next(pathlib.Path(fwp_core._core.__file__).parent.rglob('libfwp_core.so'))
 }
 
 tests() {
-  local chosen=(tests/test_gpu.py tests/test_cuda_torch.py tests/test_cuda_jax.py -k "not cpu") log=$SCRATCH/tests.log
+  local chosen=(tests/test_{gpu,cuda_torch,cuda_jax,cuda_cupy}.py -k "not cpu") log=$SCRATCH/tests.log
   [ -z "$DRY" ] || chosen=(tests/test_gpu.py -k "cpu and (layouts or beside)")
   [ -n "$DRY" ] || export FWP_GPU=required XLA_PYTHON_CLIENT_PREALLOCATE=false
   "$PYTHON" -c "import xdist" 2>/dev/null && chosen+=(-n 4)
@@ -108,24 +122,38 @@ tests() {
   ! grep "^SKIPPED.*no GPU" "$log"  # by modules that do not know of FWP_GPU
 }
 
+# Each tool has an equal part of the seconds that are left when it starts; the summary says what came of each. What did
+# not end has shown nothing, so that it counts as a failure.
 sanitizers() {
-  local tool log bad=0
+  local tools=("memcheck --leak-check full" initcheck synccheck racecheck) i tool log seconds said
+  local begin=$SECONDS results=() bad=0 shown=0
   command -v compute-sanitizer >/dev/null || skip "no compute-sanitizer here"
-  for tool in memcheck racecheck synccheck; do
+  for i in "${!tools[@]}"; do
+    tool=${tools[i]%% *}
     log=$SCRATCH/$tool.log
-    timeout 30 compute-sanitizer --tool "$tool" --error-exitcode 9 "$SCRATCH/device_cases" delta scalar >"$log" 2>&1
+    seconds=$(((LIMIT - 3 - (SECONDS - begin)) / (${#tools[@]} - i)))
+    [ "$seconds" -ge 1 ] || seconds=1
+    # shellcheck disable=SC2086  # a tool's name and its options are words
+    timeout --kill-after=1 "$seconds" compute-sanitizer --tool ${tools[i]} --error-exitcode 9 \
+      "$SCRATCH/device_cases" delta scalar >"$log" 2>&1
     case $? in
-      0) ;;
-      124) echo "$tool did not end in 30 s" ;;
-      *)
-        grep -q "Device not supported" "$log" && skip "compute-sanitizer does not support this device"
-        bad=1
-        ;;
+      0) said=ok ;;
+      124 | 137) said="timed out after $seconds s" ;;
+      *) said=failed ;;
     esac
-    echo "-- $tool"
+    ! grep -q "Device not supported" "$log" || said="not supported"
+    case $said in
+      ok) shown=1 ;;
+      "not supported") ;;
+      *) bad=1 ;;
+    esac
+    echo "-- $tool: $said"
     tail -n 40 "$log"
+    results+=("$tool $said")
+    (IFS=, && echo "${results[*]}") | sed 's/,/, /g' >"$SCRATCH/said"
   done
-  return $bad
+  [ $((bad + shown)) -gt 0 ] || skip "compute-sanitizer does not support this device"
+  return "$bad"
 }
 
 benchmark() {
@@ -136,20 +164,22 @@ benchmark() {
 
 # ---- one after the other ----
 
-STEPS="machine:10 packages:30 build:140 goldens:40 cases:30 tests:90 sanitizers:50 benchmark:"
+STEPS="machine:10 packages:30 build:140 goldens:40 cases:30 tests:90 sanitizers:70 benchmark:"
 
-# Runs a step; its limit is its share, or all that is left. Adds a line to the summary.
+# Runs a step; its limit is its share, or all that is left. Adds a line to the summary, with the words that the step left
+# in $SCRATCH/said. Fails if the step did.
 step() {
-  local name=$1 share=$2 start=$SECONDS left=$((END - SECONDS)) status said
+  local name=$1 share=$2 start=$SECONDS left=$((END - SECONDS)) status=0 said
   LIMIT=${share:+$((share * SECONDS_IN_ALL / 530))}
   LIMIT=${LIMIT:-$left}
   [ "$LIMIT" -le "$left" ] || LIMIT=$left
   export LIMIT
+  rm -f "$SCRATCH/said"
   echo "== $name" | tee -a "$REPORT/log.txt"
   if [ "$LIMIT" -le 0 ]; then
-    said="NOT RUN: no time left"
+    said="NOT RUN: no time left" status=1
   else
-    timeout --kill-after=5 "$LIMIT" bash "$0" "step:$name" 2>&1 | tee -a "$REPORT/log.txt"
+    timeout --kill-after=5 "$LIMIT" bash "$SCRIPT" "step:$name" 2>&1 | tee -a "$REPORT/log.txt"
     status=${PIPESTATUS[0]}
     case $status in
       0) said=ok ;;
@@ -157,13 +187,19 @@ step() {
       124 | 137) said="STOPPED after $LIMIT s" ;;
       *) said="FAILED with status $status" ;;
     esac
+    [ "$status" -eq "$SKIPPED" ] || [ ! -s "$SCRATCH/said" ] || said+=": $(cat "$SCRATCH/said")"
   fi
   printf '%-11s %4d s  %s\n' "$name" $((SECONDS - start)) "$said" >>"$REPORT/summary.txt"
-  [ "$said" = ok ] || [ "${said%%:*}" = skipped ]
+  [ "$status" -eq 0 ] || [ "$status" -eq "$SKIPPED" ]
 }
 
 if [[ ${1:-} == step:* ]]; then
   "${1#step:}"
+  exit
+fi
+if [ "${1:-}" = --collect ]; then
+  [ $# -gt 1 ] || usage
+  "$PYTHON" scripts/gpu_packages.py collect "$(absolute "$2")" "${@:3}"
   exit
 fi
 
@@ -174,11 +210,14 @@ while [ $# -gt 0 ]; do
     --seconds) SECONDS_IN_ALL=$2 && shift ;;
     --only) ONLY=,$2, && shift ;;
     --output) REPORT=$2 && shift ;;
-    -*) sed -n 's/^#   scripts/usage: scripts/p' "$0" >&2 && exit 2 ;;
+    -*) usage ;;
     *) WHEELS=$1 ;;
   esac
   shift
 done
+WHEELS=$(absolute "$WHEELS") REPORT=$(absolute "$REPORT")
+[ -z "$WHEELS" ] || [ -d "$WHEELS" ] || { echo "no folder $WHEELS" >&2 && exit 2; }
+[ -z "${FWP_CUDA_PLUGIN:-}" ] || FWP_CUDA_PLUGIN=$(absolute "$FWP_CUDA_PLUGIN")
 
 END=$((SECONDS + SECONDS_IN_ALL))
 DATE=$(date +%F)
@@ -192,10 +231,9 @@ if [ -z "$DRY" ]; then
   ARCHITECTURE=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
   [ -n "$ARCHITECTURE" ] || { echo "no GPU here" >&2 && exit 1; }
 fi
-REPORT=${REPORT:-benchmarks/results/$DATE-$([ -n "$DRY" ] && echo dry || echo "$GPU")-check}
+REPORT=${REPORT:-$PWD/benchmarks/results/$DATE-$([ -n "$DRY" ] && echo dry || echo "$GPU")-check}
 mkdir -p "$REPORT"
 rm -f "$REPORT/log.txt" "$REPORT/summary.txt"
-REPORT=$(cd "$REPORT" && pwd)
 export DRY SECONDS_IN_ALL WHEELS DATE SCRATCH SITE GPU ARCHITECTURE REPORT PYTHON
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 

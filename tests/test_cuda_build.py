@@ -1,10 +1,15 @@
-"""What nvcc makes of the CUDA kernels, against tests/cuda/budgets.csv, and what the check sees."""
+"""What nvcc makes of the CUDA kernels, against tests/cuda/budgets.csv, how that is checked; the plugin."""
 
+import hashlib
+import os
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 import fwp_core as fwp
 
@@ -31,7 +36,7 @@ def its_compiler(tools):
     """Another one gives other numbers."""
     version = budgets.run(budgets.tool("nvcc"), "--version")
     if f"release {budgets.COMPILER}," not in version:
-        pytest.skip(f"the table is that of nvcc {budgets.COMPILER}")
+        pytest.skip(f"no package here: nvcc {budgets.COMPILER}, of which the table is")
 
 
 def built():
@@ -57,6 +62,154 @@ def test_kernels_keep_to_their_budgets_on_every_architecture(its_compiler):
     found = budgets.measured(SOURCES, budgets.ARCHITECTURES)
     assert {kernel.architecture for kernel in found} == set(budgets.ARCHITECTURES)
     assert list(budgets.excesses(found, budgets.read_table(budgets.TABLE))) == [], budgets.UPDATE
+
+
+# the plugin
+
+STATE = """
+import numpy as np, fwp_core as fwp
+print(fwp.show_config("dict")["cuda"])
+print(fwp.has_cuda())
+try:
+    fwp.linear_attention(*[Device()] * 3)
+except fwp.DeviceError as error:
+    print(error)
+one = np.ones((1, 1, 1, 1))
+print(float(fwp.delta_rule(one, one, 3 * one, one[..., 0])[0][0, 0, 0, 0]))
+"""
+
+
+def state_with(plugin):
+    """What this installation says of a plugin; on a device it refuses to work, and on the CPU it goes on."""
+    code = STATE.replace("Device()", "DeviceArray(np.ones((1, 2, 1, 3), np.float32))")
+    done = run_python("from device import DeviceArray\n" + code, FWP_CUDA_PLUGIN=str(plugin))
+    assert done.returncode == 0, done.stderr
+    state, has_cuda, error, on_cpu = done.stdout.splitlines()
+    assert has_cuda == "False"
+    assert error == f"q: expected memory of the CPU, since CUDA is {state}, got cuda:0"
+    assert float(on_cpu) == 3
+    return state
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="for Linux")
+def test_the_plugin_builds_links_and_says_what_the_driver_says(tools, tmp_path):
+    variables = {
+        name: x for name, x in os.environ.items() if not name.startswith(("CUDA", "FWP_", "SKBUILD"))
+    }
+
+    def run(*command):
+        done = subprocess.run([*map(str, command)], env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    settings = {
+        "FWP_CUDA": "ON",
+        "FWP_WERROR": "ON",
+        "FWP_ISA_LEVELS": "base",
+        "CMAKE_CUDA_ARCHITECTURES": "90",
+        "CMAKE_CUDA_COMPILER": budgets.tool("nvcc"),
+    }
+    run(
+        "cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *(f"-D{name}={x}" for name, x in settings.items())
+    )
+    run("cmake", "--build", tmp_path, "--target", "fwp_core_cuda")
+    (plugin,) = (tmp_path / "cuda").glob("libfwp_core_cuda.*")
+    listing = run("nm", "--dynamic", "--defined-only", "--extern-only", plugin)
+    assert [line.split()[-1] for line in listing.splitlines()] == ["fwp_cuda_backend"]
+    needed = run("readelf", "--dynamic", plugin)
+    assert "libcuda" not in needed  # neither the driver's library nor the runtime's, which machines may lack
+    state = state_with(plugin)
+    assert "another build" not in state
+    # The driver's words, in the order of what is missing: driver, device.
+    assert state in (
+        "CUDA driver version is insufficient for CUDA runtime version",
+        "no CUDA-capable device is detected",
+        "without a device",
+    )
+
+
+# Opens on any machine; what it says of itself is up to the macros. Large, as those with kernels are.
+PLUGIN = """
+#include "cpp/scan/backend.hpp"
+
+#ifndef NAME
+#define NAME fwp_cuda_backend
+#endif
+
+char large[1 << 20] = {1};
+
+extern "C" const fwp::Backend* NAME() {
+  static const fwp::Backend table{LAYOUT, sizeof(fwp::Backend) + MORE, sizeof(fwp::Problem) + MORE_PROBLEM,
+                                  [] { return "a plugin that was let in"; }};
+  return &table;
+}
+"""
+
+
+def layout():
+    """FWP_LAYOUT, as CMakeLists.txt computes it."""
+    headers = ("scan/backend.hpp", "scan/problem.hpp", "scan/dtype.hpp", "features/features.hpp")
+    text = b"".join((ROOT / "cpp" / header).read_bytes() for header in headers)
+    return f"0x{hashlib.sha256(text).hexdigest()[:16]}u"
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """Build a plugin that is wrong in some way."""
+    compiler = shutil.which("g++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no g++ here, or not Linux")
+
+    def plugin(**macros):
+        macros = {"LAYOUT": layout(), "MORE": 0, "MORE_PROBLEM": 0, **macros}
+        source, library = tmp_path / "plugin.cpp", tmp_path / "plugin.so"
+        source.write_text(PLUGIN)
+        flags = [
+            "-std=c++17",
+            "-shared",
+            "-fPIC",
+            f"-I{ROOT}",
+            *(f"-D{name}={x}" for name, x in macros.items()),
+        ]
+        subprocess.run([compiler, *flags, source, "-o", library], check=True)
+        return library
+
+    return plugin
+
+
+@pytest.mark.parametrize(
+    ("macros", "state"),
+    [
+        ({}, "a plugin that was let in"),
+        ({"LAYOUT": "0x0123456789abcdefu"}, "{} is of another build than this library"),
+        ({"MORE": 8}, "{} is of another build than this library"),
+        ({"MORE_PROBLEM": -8}, "{} is of another build than this library"),
+        ({"NAME": "fwp_other"}, "{} has no fwp_cuda_backend"),
+    ],
+    ids=["alike", "layout", "table", "problem", "name"],
+)
+def test_plugins_of_another_build_are_refused(plugin, macros, state):
+    library = plugin(**macros)
+    assert state_with(library) == state.format(library)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_a_plugin_that_is_cut_short_is_refused(plugin, part):
+    library = plugin()
+    os.truncate(library, int(part * library.stat().st_size))
+    assert state_with(library) == f"{library} is cut short"
+
+
+def test_what_is_no_library_is_refused_in_the_loaders_words(tmp_path):
+    text = tmp_path / "text.so"
+    text.write_text("no library" * 100)
+    assert str(text) in state_with(text)
+    empty = tmp_path / "empty.so"
+    empty.write_bytes(b"")
+    assert str(empty) in state_with(empty)
+    assert str(tmp_path) in state_with(tmp_path)
+    assert state_with(tmp_path / "none.so") == f"{tmp_path / 'none.so'} not found"
 
 
 # the check, on a kernel that gets faults
@@ -192,7 +345,7 @@ def kernel(**values):
 
 def test_limits_leave_room_up_to_the_next_eight_registers():
     table = {"scan<f16>": budgets.limits_of([kernel()])}
-    assert table == {"scan<f16>": Limits({"sm_90": 64}, 0, 8, 66, 0)}
+    assert table == {"scan<f16>": Limits({"sm_90": 64}, {"sm_90": 0}, 8, 66, 0)}
     assert list(budgets.excesses([kernel(registers=64)], table)) == []
     over = list(budgets.excesses([kernel(registers=65)], table))
     assert over == ["scan<f16>, sm_90: 65 registers, at most 64"]
@@ -200,9 +353,19 @@ def test_limits_leave_room_up_to_the_next_eight_registers():
 
 def test_limits_hold_on_every_architecture():
     other = replace(kernel(registers=90, stack=16, mma=6, generic=2), architecture="sm_80")
-    assert budgets.limits_of([kernel(), other]) == Limits({"sm_90": 64, "sm_80": 96}, 16, 6, 66, 2)
-    before = Limits({"sm_80": 96}, 0, 8, 66, 0)
-    assert budgets.limits_of([kernel()], before).registers == {"sm_80": 96, "sm_90": 64}
+    limits = Limits({"sm_90": 64, "sm_80": 96}, {"sm_90": 0, "sm_80": 16}, 6, 66, 2)
+    assert budgets.limits_of([kernel(), other]) == limits
+    before = Limits({"sm_80": 96}, {"sm_80": 16}, 8, 66, 0)
+    limits = budgets.limits_of([kernel()], before)
+    assert limits.registers == {"sm_80": 96, "sm_90": 64}
+    assert limits.stack == {"sm_80": 16, "sm_90": 0}
+
+
+def test_a_spill_on_one_architecture_allows_none_on_another():
+    table = {"scan<f16>": budgets.limits_of([kernel(), replace(kernel(stack=16), architecture="sm_120")])}
+    assert list(budgets.excesses([kernel(stack=8)], table)) == [
+        "scan<f16>, sm_90: 8 bytes of stack (spills), at most 0"
+    ]
 
 
 def test_table_and_kernels_are_the_same_set():
@@ -215,11 +378,13 @@ def test_table_and_kernels_are_the_same_set():
 
 def test_the_table_survives_writing(tmp_path):
     table = {
-        "a<f16, 2>": Limits({"sm_80": 8, "sm_90": 16}, 0, 1, 50, 0),
-        "b": Limits({"sm_120": 8}, 4, 0, 100, 0),
+        "a<f16, 2>": Limits({"sm_80": 8, "sm_90": 16}, {"sm_80": 0, "sm_90": 0}, 1, 50, 0),
+        "b": Limits({"sm_80": 8, "sm_120": 8}, {"sm_80": 0, "sm_120": 4}, 0, 100, 0),
     }
-    budgets.write_table(tmp_path / "table.csv", table)
-    assert budgets.read_table(tmp_path / "table.csv") == table
+    path = tmp_path / "table.csv"
+    budgets.write_table(path, table)
+    assert budgets.read_table(path) == table
+    assert path.read_text().splitlines()[1:] == ['"a<f16, 2>",8,16,,1,50,0', "b,8,,8+4,0,100,0"]
 
 
 DUMP = """

@@ -12,7 +12,9 @@ import fwp_core as fwp
 
 try:
     import cupy
-
+except ImportError:
+    pytest.skip("CuPy is not installed", allow_module_level=True)
+try:
     cupy.ones(1)
 except Exception:
     pytest.skip("no GPU that CuPy finds", allow_module_level=True)

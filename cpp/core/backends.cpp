@@ -1,15 +1,22 @@
 #include "backends.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "../cpu/dispatch.hpp"
 #include "error.hpp"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
+#endif
+#if defined(__linux__)
+#include <link.h>
 #endif
 
 namespace fwp::core {
@@ -44,14 +51,38 @@ bool exists(const std::string& path) {
   return file != nullptr;
 }
 
+#if defined(__linux__)
+// Whether the file has all that its header says is to be loaded; the system's loader would find out by a bus error.
+bool cut_short(const std::string& path) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), &std::fclose);
+  ElfW(Ehdr) header;
+  if (file == nullptr || std::fread(&header, sizeof header, 1, file.get()) != 1 ||
+      std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 || header.e_phentsize != sizeof(ElfW(Phdr)) ||
+      std::fseek(file.get(), static_cast<long>(header.e_phoff), SEEK_SET) != 0)
+    return false;  // no library at all, of which the loader says so
+  std::vector<ElfW(Phdr)> segments(header.e_phnum);
+  if (std::fread(segments.data(), sizeof(ElfW(Phdr)), segments.size(), file.get()) != segments.size()) return true;
+  if (std::fseek(file.get(), 0, SEEK_END) != 0) return false;
+  const auto bytes = static_cast<uint64_t>(std::ftell(file.get()));
+  return std::any_of(segments.begin(), segments.end(), [&](const ElfW(Phdr) & segment) {
+    return segment.p_type == PT_LOAD && (segment.p_offset > bytes || segment.p_filesz > bytes - segment.p_offset);
+  });
+}
+#else
+bool cut_short(const std::string&) { return false; }
+#endif
+
 Plugin open_plugin() {
   const std::string path = plugin_path();
   if (!exists(path)) return {nullptr, std::getenv("FWP_CUDA_PLUGIN") != nullptr ? path + " not found" : "not built"};
+  if (cut_short(path)) return {nullptr, path + " is cut short"};
   void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) return {nullptr, dlerror()};
   const auto get = reinterpret_cast<const Backend* (*)()>(dlsym(library, "fwp_cuda_backend"));
-  const Backend* const found = get != nullptr ? get() : nullptr;
-  if (found == nullptr || found->backend_bytes != sizeof(Backend) || found->problem_bytes != sizeof(Problem))
+  if (get == nullptr) return {nullptr, path + " has no fwp_cuda_backend"};
+  const Backend* const found = get();
+  if (found == nullptr || found->layout != FWP_LAYOUT || found->backend_bytes != sizeof(Backend) ||
+      found->problem_bytes != sizeof(Problem))
     return {nullptr, path + " is of another build than this library"};
   const std::string state = found->state();
   return {state == "available" || state == "emulated" ? found : nullptr, state};

@@ -294,6 +294,7 @@ std::atomic<int> num_threads{0};
 
 const Backend& backend() {
   static constexpr Backend table{
+      FWP_LAYOUT,
       sizeof(Backend),
       sizeof(Problem),
       [] { return "available"; },

@@ -12,7 +12,9 @@ enum class Outcome { done, interrupted, failed };
 
 // Nothing here throws. Workspaces are aligned to 64 bytes, in the memory that the arrays are in.
 struct Backend {
-  // Guards against a plugin of another build.
+  // Guards against a plugin of another build: FWP_LAYOUT, the build's digest of this header and of what it includes,
+  // and what another compiler would change.
+  uint64_t layout;
   size_t backend_bytes, problem_bytes;
   // "available", "emulated" (device memory is the host's), or why it cannot be used, in words.
   const char* (*state)();

@@ -4,13 +4,13 @@
     python tests/cuda/budgets.py libfwp_core_cuda.so    # what was built: a library, objects, cubins
     python tests/cuda/budgets.py --update               # after a look at the report: write the limits anew
 
-It needs cuobjdump and nvdisasm, from the CUDA toolkit or the packages nvidia-cuda-cuobjdump and
-nvidia-cuda-nvdisasm, and nvcc where it is to compile.
+It needs cuobjdump and nvdisasm, and nvcc where it is to compile: those of this environment's packages, which
+the extra dev installs, before those on the path.
 
-A line of the table: the most registers on each architecture, the most bytes of stack (spills, and arrays
-that are indexed at run time), the fewest tensor core instructions, the least percentage of loads from global
-memory that are of 16 bytes, the most accesses of memory whose kind the compiler does not know. A kernel
-without a line is over its budget, and so is a line without a kernel.
+A line of the table: for each architecture the most registers, and after a plus, where it is not 0, the most
+bytes of stack (spills, and arrays that are indexed at run time); the fewest tensor core instructions, the
+least percentage of loads from global memory that are of 16 bytes, the most accesses of memory whose kind the
+compiler does not know. A kernel without a line is over its budget, and so is a line without a kernel.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Limits:
     """A kernel's line in the table."""
 
     registers: dict[str, int]  # by architecture
-    stack: int
+    stack: dict[str, int]  # likewise, in bytes
     mma: int
     wide: int
     generic: int
@@ -78,15 +78,14 @@ class Limits:
 
 @cache
 def tool(name: str) -> str:
-    """Where a tool of the toolkit is: on the path, beside nvcc, or in this environment's packages."""
+    """Where a tool of the toolkit is: in this environment's packages, on the path, or beside nvcc there."""
     nvcc = shutil.which("nvcc")
     toolkit = [Path(nvcc).resolve().parent] if nvcc else []
     packages = [folder for entry in sys.path for folder in Path(entry).glob("nvidia/cu*/bin")]
-    for folder in (None, *toolkit, *packages):
+    for folder in (*packages, None, *toolkit):
         if found := shutil.which(name, path=folder):
             return found
-    package = "" if name == "nvcc" else f" (nvidia-cuda-{name})"
-    raise Unavailable(f"no package here: {name}{package}")
+    raise Unavailable(f"no package here: {name} (nvidia-cuda-{name})")
 
 
 def run(*command: str | Path, **options: str) -> str:
@@ -100,6 +99,7 @@ def compiled(source: Path, architecture: str, folder: Path, flags: Sequence[str]
     """A .cu file as a cubin."""
     cubin = folder / f"{source.parent.name}-{source.stem}.{architecture}.cubin"
     options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-cubin"]
+    options.append("-DFWP_LAYOUT=0")  # of the border, which nobody crosses here
     run(tool("nvcc"), *options, f"-I{ROOT / 'cuda'}", *flags, source, "-o", cubin)
     return cubin
 
@@ -200,28 +200,43 @@ def read_table(path: Path) -> dict[str, Limits]:
     with path.open(encoding="utf-8", newline="") as file:
         return {
             row["kernel"]: Limits(
-                {architecture: int(row[architecture]) for architecture in ARCHITECTURES if row[architecture]},
-                *(int(row[column]) for column in ("stack", "mma", "wide", "generic")),
+                *_registers_and_stack(row), *(int(row[column]) for column in ("mma", "wide", "generic"))
             )
             for row in csv.DictReader(file)
         }
 
 
+def _registers_and_stack(row: dict[str, str]) -> tuple[dict[str, int], dict[str, int]]:
+    cells = [(architecture, row[architecture].partition("+")) for architecture in ARCHITECTURES]
+    return (
+        {architecture: int(registers) for architecture, (registers, _, _) in cells if registers},
+        {architecture: int(stack or 0) for architecture, (registers, _, stack) in cells if registers},
+    )
+
+
+def _cell(limits: Limits, architecture: str) -> str:
+    if architecture not in limits.registers:
+        return ""
+    stack = limits.stack[architecture]
+    return f"{limits.registers[architecture]}" + (f"+{stack}" if stack else "")
+
+
 def write_table(path: Path, table: dict[str, Limits]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
-        out.writerow(["kernel", *ARCHITECTURES, "stack", "mma", "wide", "generic"])
+        out.writerow(["kernel", *ARCHITECTURES, "mma", "wide", "generic"])
         for name, limits in sorted(table.items()):
-            registers = [limits.registers.get(architecture, "") for architecture in ARCHITECTURES]
-            out.writerow([name, *registers, limits.stack, limits.mma, limits.wide, limits.generic])
+            cells = [_cell(limits, architecture) for architecture in ARCHITECTURES]
+            out.writerow([name, *cells, limits.mma, limits.wide, limits.generic])
 
 
 def limits_of(found: Sequence[Kernel], before: Limits | None = None) -> Limits:
     """What one kernel needs on the architectures found; registers are given in eights."""
     registers = {kernel.architecture: -(-kernel.registers // 8) * 8 for kernel in found}
+    stack = {kernel.architecture: kernel.stack for kernel in found}
     return Limits(
         {**(before.registers if before else {}), **registers},
-        max(kernel.stack for kernel in found),
+        {**(before.stack if before else {}), **stack},
         min(kernel.mma for kernel in found),
         min(kernel.wide for kernel in found),
         max(kernel.generic for kernel in found),
@@ -239,8 +254,9 @@ def excesses(found: Iterable[Kernel], table: dict[str, Limits]) -> Iterator[str]
             continue
         if kernel.registers > limits.registers[kernel.architecture]:
             yield f"{at} {kernel.registers} registers, at most {limits.registers[kernel.architecture]}"
-        if kernel.stack > limits.stack:
-            yield f"{at} {kernel.stack} bytes of stack (spills), at most {limits.stack}"
+        if kernel.stack > limits.stack[kernel.architecture]:
+            most = limits.stack[kernel.architecture]
+            yield f"{at} {kernel.stack} bytes of stack (spills), at most {most}"
         if kernel.mma < limits.mma:
             yield f"{at} {kernel.mma} tensor core instructions, at least {limits.mma}"
         if kernel.wide < limits.wide:
