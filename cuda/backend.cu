@@ -288,13 +288,11 @@ Outcome map_rows(const Problem& p, void*) {
   });
 }
 
-void* allocate(int device, size_t bytes, void* stream) {
-  void* memory = nullptr;
-  guarded([&] {
+Outcome allocate(int device, size_t bytes, void* stream, void** memory) {
+  return guarded([&] {
     const UseDevice use(device);
-    memory = device_allocate(device, bytes, stream);
+    *memory = device_allocate(device, bytes, stream);
   });
-  return memory;
 }
 void deallocate(int device, void* memory, void* stream) {
   guarded([&] {

@@ -13,12 +13,17 @@ namespace {
 using Kernel = Outcome (*Backend::*)(const Problem&, void* workspace);
 using Query = size_t (*Backend::*)(const Problem&);
 
+void check(const Backend& backend, Outcome outcome) {
+  if (outcome == Outcome::interrupted) fail(FWP_INTERRUPTED, "interrupted");
+  if (outcome == Outcome::failed) fail(FWP_CUDA_ERROR, backend.error());
+}
+
 // The workspace of a call on a device, which its stream hands back when the work is done.
 class DeviceWorkspace {
  public:
   DeviceWorkspace(const Problem& p, size_t bytes) : backend_(backend(p)), device_(p.device), stream_(p.stream) {
     if (bytes == 0) return;
-    memory_ = backend_.allocate(device_, bytes, stream_);
+    check(backend_, backend_.allocate(device_, bytes, stream_, &memory_));
     if (memory_ == nullptr) fail(FWP_OUT_OF_MEMORY, "workspace: no ", bytes, " bytes of memory on cuda:", device_);
   }
   ~DeviceWorkspace() {
@@ -72,11 +77,6 @@ void set_stream(Problem& p, void* stream) {
   if (stream != nullptr && p.device == kHost)
     fail(FWP_ARGUMENT_ERROR, "stream: expected NULL for CPU tensors, got a stream");
   p.stream = stream;
-}
-
-void check(const Backend& backend, Outcome outcome) {
-  if (outcome == Outcome::interrupted) fail(FWP_INTERRUPTED, "interrupted");
-  if (outcome == Outcome::failed) fail(FWP_CUDA_ERROR, backend.error());
 }
 
 void run(const Problem& p, Kernel kernel, void* workspace) { check(backend(p), (backend(p).*kernel)(p, workspace)); }
@@ -343,7 +343,8 @@ void fwp_empty_cache(void) noexcept {
 void* fwp_device_allocate(int device, size_t bytes, void* stream) noexcept {
   void* memory = nullptr;
   core::guarded([&] {
-    memory = core::backend_of_device(device).allocate(device, bytes, stream);
+    const fwp::Backend& backend = core::backend_of_device(device);
+    core::check(backend, backend.allocate(device, bytes, stream, &memory));
     if (memory == nullptr) core::fail(FWP_OUT_OF_MEMORY, "no ", bytes, " bytes of memory on cuda:", device);
   });
   return memory;

@@ -37,8 +37,8 @@ struct Backend {
   // What went wrong in this thread's last call that failed.
   const char* (*error)();
 
-  // Memory for work on this stream of this device; nullptr: there is none.
-  void* (*allocate)(int device, size_t bytes, void* stream);
+  // Memory for work on this stream of this device; done without any: there is none.
+  Outcome (*allocate)(int device, size_t bytes, void* stream, void** memory);
   void (*deallocate)(int device, void* memory, void* stream);
   // In the order of this stream: bytes from memory of the device or the host to memory of either.
   Outcome (*copy)(int device, void* to, const void* from, size_t bytes, void* stream);
