@@ -502,10 +502,22 @@ def offsets(cu_seqlens: Integers, x: Tensor) -> Offsets:
         return cast(Tensor, _integers("cu_seqlens", cu_seqlens))
     found = cast(Offsets, _lengths(cu_seqlens))
     if not isinstance(found, Tensor):
-        rows = _core.AbstractArray((*x.shape[:2], 0, 0), "float32")
-        options = (None, None, False, 1e-6, 1.0)
-        _core.linear_attention(rows, rows, rows, None, None, *options, None, found, None, None, False)
+        check_call((*x.shape[:2], 0, 0), cu_seqlens=found)
     return found
+
+
+def check_call(
+    shape: Sequence[int],
+    qk_norm: Any = None,
+    attention_norm: Any = False,
+    eps: Any = 1e-6,
+    scale: Any = 1.0,
+    cu_seqlens: Any = None,
+) -> None:
+    """Make the checks of a scan with these options on inputs of this shape, without inputs."""
+    x = _core.AbstractArray(shape, "float32")
+    options = (None, qk_norm, attention_norm, eps, scale)
+    _core.linear_attention(x, x, x, None, None, *options, None, cu_seqlens, None, None, False)
 
 
 def _check_axes(name: str, integers: Any) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _core
 from .._core import ArgumentError, DTypeError, ShapeError
 from ..feature_maps import FAVOR, FeatureMap, _integer
 from ..ops import QKNorm
@@ -127,7 +126,7 @@ class FastWeightAttention(nn.Module):
         self._check(feature_map, qk_norm)
         normalised = qk_norm is not None or attention_norm
         self.scale = scale if scale is not None else 1.0 if normalised else self.key_size**-0.5
-        _core.scan_options(None, qk_norm, attention_norm, eps, self.scale)  # raises its errors
+        ops.check_call((1, 0, 1, 1), qk_norm, attention_norm, eps, self.scale)
         for name, switch in (("output_norm", output_norm), ("output_gate", output_gate)):
             if not isinstance(switch, bool):
                 raise DTypeError(f"{name}: expected True or False, got {type(switch).__name__}")

@@ -54,7 +54,9 @@ def _check_shapes(*arguments: Any) -> None:
     *arrays, initial_state = map(_abstract, inputs)
     feature_map = _feature_map(kind, nu, map_eps, _abstract(projection))
     # Any offsets of this number that are good.
-    offsets = None if cu_seqlens is None else [0, *[inputs[0].shape[1]] * (cu_seqlens.shape[0] - 1)]
+    offsets = None
+    if cu_seqlens is not None:
+        offsets = [0, *[inputs[0].shape[1]] * cu_seqlens.shape[0]][: cu_seqlens.shape[0]]
     KERNELS[rule][0](*arrays, feature_map, *options, initial_state, offsets, None, None, False)
 
 

@@ -699,12 +699,12 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
 
 def _scale(scale: Any, K: int) -> float:
     if scale is None:
-        return float(K or 1) ** -0.5
+        usual: float = float(K or 1) ** -0.5
+        return usual
     check_options(None, None, scale)
     if isinstance(scale, str) or not hasattr(scale, "__float__"):
         raise DTypeError(f"scale: expected a number, got {type(scale).__name__}")
-    number: float = float(scale)
-    return number
+    return float(scale)
 
 
 def _sizes(q: Any, k: Any, v: Any) -> tuple[tuple[int, int, int], int, int]:
