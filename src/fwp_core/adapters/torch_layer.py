@@ -22,7 +22,6 @@ _SCANS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 _STEPS: dict[str, Callable[..., Tensor]] = {"delta": ops.delta_rule_step, "linear": ops.linear_attention_step}
 _GATES = (None, "scalar", "channel")
-_NORMS = (None, "sum", "l2")
 
 
 class FastWeightState(NamedTuple):
@@ -123,7 +122,7 @@ class FastWeightAttention(nn.Module):
         self.value_size = _integer("value_size", size if value_size is None else value_size, 1)
         self.taps = _integer("taps", taps, 0)
         self.rule, self.gate = rule, gate
-        self._check(feature_map, qk_norm)
+        self._check(feature_map)
         normalised = qk_norm is not None or attention_norm
         self.scale = scale if scale is not None else 1.0 if normalised else self.key_size**-0.5
         ops.check_call((1, 0, 1, 1), qk_norm, attention_norm, eps, self.scale)
@@ -140,14 +139,12 @@ class FastWeightAttention(nn.Module):
         self._make(output_norm, output_gate, factory)
         self.reset_parameters()
 
-    def _check(self, feature_map: Any, qk_norm: Any) -> None:
+    def _check(self, feature_map: Any) -> None:
         if feature_map is not None and not isinstance(feature_map, FeatureMap):
             raise DTypeError(
                 "feature_map: expected None or an object of fwp_core.feature_maps, got "
                 f"{type(feature_map).__name__}"
             )
-        if qk_norm not in _NORMS:
-            raise ArgumentError(f"qk_norm: expected None, 'sum' or 'l2', got {qk_norm!r}")
         if self.heads % self.key_heads:
             raise ArgumentError(f"key_heads: expected a divisor of {self.heads} heads, got {self.key_heads}")
         if self.rule not in tuple(_SCANS):

@@ -4,7 +4,7 @@
 
 Signatures, defaults, layouts and returns are fla's; the arithmetic is :func:`fwp_core.torch.delta_rule` and
 :func:`fwp_core.torch.linear_attention`, so ``chunk_`` and ``fused_recurrent_`` functions of one name are one
-function, and all of them are differentiable. The rules that hold for every function:
+computation, and all of them are differentiable. The rules that hold for every function:
 
 - q, k are [B,T,H,K] and v is [B,T,HV,V], of one dtype, under ``torch.autocast`` too; HV is a multiple of H.
   o has their dtype, all sums and the states are float32 (float64 for float64). Gates, strengths and states
