@@ -339,12 +339,17 @@ def test_what_is_returned():
     assert state.shape == (2, 2, 4, 3)
 
 
+def usual_gates(name):
+    """g, or gk where there is none, and beta, as far as the function has them."""
+    gate = {"gla": "gk"}.get(name.removeprefix("fused_recurrent_"), "g")
+    return {gate, "beta"} & inspect.signature(getattr(fla, name)).parameters.keys()
+
+
 @every_function
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype(name, dtype):
     """Results of q's dtype, states float32, whatever gates and states come in."""
-    gates = {"gla": "gk"}.get(name.removeprefix("fused_recurrent_"), "g")
-    given_ = {key for key in (gates, "beta") if key in inspect.signature(getattr(fla, name)).parameters}
+    given_ = usual_gates(name)
     x = arguments(np.random.default_rng(0), name, given_, T=33, K=16, V=16)
     low = {key: t.to(dtype) for key, t in x.items()}
     exact = reference(name, {key: t.double() for key, t in low.items()})
@@ -433,19 +438,124 @@ def test_results_are_those_of_flas_reference_of_retention():
     assert relative_error(o.numpy(), expected.numpy(), floor=1.0) <= REORDERED[np.dtype(np.float32)]
 
 
-# Names of old, and refusals
+# Keywords, names of old, and refusals
+
+# What fla's functions read of their **kwargs.
+KNOWN = {
+    "chunk_delta_rule": {"head_first", "chunk_size"},
+    "chunk_gated_delta_rule": {
+        *("transpose_state_layout", "head_first", "chunk_size"),
+        *("use_gate_in_kernel", "A_log", "dt_bias"),
+    },
+    "fused_recurrent_gated_delta_rule": {"transpose_state_layout"},
+    "chunk_kda": {"transpose_state_layout", "chunk_size", "A_log", "dt_bias"},
+    "fused_recurrent_kda": {"transpose_state_layout"},
+    "chunk_simple_gla": {"head_first", "chunk_size"},
+    "fused_recurrent_simple_gla": {"transpose_state_layout"},
+    "chunk_retention": {"head_first", "chunk_size"},
+    "fused_recurrent_retention": {"transpose_state_layout"},
+    "fused_recurrent_gla": {"transpose_state_layout"},
+}
+KNOWN_SIZES = {
+    "chunk_delta_rule": ((16, 32, 64), (8, 128, 0)),
+    "chunk_gated_delta_rule": ((16, 32, 64), (8, 128, 0)),
+    "chunk_kda": ((32, 64), (16, 128, 0)),
+    "chunk_simple_gla": ((None, 1, 16, 128), (3, 0)),
+    "chunk_retention": ((None, 1, 16, 128), (3, 0)),
+}
 
 
-def test_the_older_name_of_state_v_first():
-    x = arguments(np.random.default_rng(0), "chunk_kda", {"g", "beta"}, state_v_first=True)
-    expected = fla.chunk_kda(**x, output_final_state=True)
-    del x["state_v_first"]
-    with pytest.warns(DeprecationWarning, match="renamed to state_v_first"):
-        actual = fla.chunk_kda(**x, output_final_state=True, transpose_state_layout=True)
+def keywords_of_others(name):
+    """Values, which would change results, for what only other functions take."""
+    parameters = inspect.signature(getattr(fla, name)).parameters
+    B, T, H, K = 1, 5, 2, 4
+    others = {
+        "head_first": True,
+        "transpose_state_layout": True,
+        "state_v_first": True,
+        "reverse": True,
+        "normalize": True,
+        "use_qk_l2norm_in_kernel": True,
+        "use_gate_in_kernel": True,
+        "A_log": torch.zeros(H),
+        "dt_bias": torch.zeros(H),
+        "gk": -torch.ones(B, T, H, K),
+        "gv": -torch.ones(B, T, H, K),
+        "g_gamma": -torch.ones(H),
+        "chunk_size": 7,
+        "lower_bound": -1.0,
+    }
+    return {key: value for key, value in others.items() if key not in parameters}
+
+
+def installed_keywords(name):
+    """The keys of kwargs that the installed function names."""
+    installed_functions()
+    folder = next(rule for rule in RULES if name in (f"chunk_{rule}", f"fused_recurrent_{rule}"))
+    root = Path(importlib.util.find_spec("fla").submodule_search_locations[0], "ops", folder)
+    source = (root / f"{name.removesuffix(folder).removesuffix('_')}.py").read_text(encoding="utf-8")
+    found = set()
+    for function in ast.parse(source).body:
+        if isinstance(function, ast.FunctionDef) and function.name == name:
+            for node in ast.walk(function):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("kwargs.get", "kwargs.pop"):
+                    found.add(node.args[0].value)
+                if isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]) == "kwargs":
+                    found.add(node.left.value)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if "transpose_state_layout" in KNOWN[name]])
+def test_the_older_name_of_state_v_first(name):
+    x = arguments(np.random.default_rng(0), name, usual_gates(name), V=4)
+    function, keep = getattr(fla, name), {"output_final_state": True}
+    expected = function(**x, **keep, state_v_first=True)
+    with pytest.warns(DeprecationWarning, match="renamed to state_v_first") as caught:
+        actual = function(**x, **keep, transpose_state_layout=True)
+    assert [warning.filename for warning in caught] == [__file__]
     for t, exact in zip(actual, expected, strict=True):
         assert torch.equal(t, exact)
     with pytest.raises(ValueError, match="transpose_state_layout: expected it or state_v_first"):
-        fla.chunk_kda(**x, state_v_first=True, transpose_state_layout=True)
+        function(**x, state_v_first=True, transpose_state_layout=True)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_keywords_that_fla_does_not_read_have_no_effect(name):
+    """Those of the other functions among them."""
+    others = keywords_of_others(name)
+    x = arguments(np.random.default_rng(0), name, usual_gates(name), V=4, lengths=(2, 3))
+    expected = getattr(fla, name)(**x, output_final_state=True)
+    unknown = {key: value for key, value in others.items() if key not in KNOWN[name]}
+    actual = getattr(fla, name)(**x, output_final_state=True, **unknown, any_other=3)
+    for t, exact in zip(actual, expected, strict=True):
+        assert torch.equal(t, exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keywords_known_here_are_those_that_the_installed_fla_reads(name):
+    assert installed_keywords(name) == KNOWN.get(name, set())
+
+
+@pytest.mark.parametrize("name", KNOWN_SIZES)
+def test_chunk_sizes_are_those_of_fla(name):
+    x = arguments(np.random.default_rng(0), name, usual_gates(name))
+    good, bad = KNOWN_SIZES[name]
+    o, _ = getattr(fla, name)(**x)
+    for size in good:
+        assert torch.equal(getattr(fla, name)(**x, chunk_size=size)[0], o)
+    for size in bad:
+        with pytest.raises(fwp.ArgumentError, match=f"chunk_size: expected .*, got {size}"):
+            getattr(fla, name)(**x, chunk_size=size)
+
+
+@pytest.mark.parametrize("lower_bound", [None, 0.0, -5.1, 1.0])
+def test_safe_gates_have_a_bound(lower_bound):
+    x = arguments(np.random.default_rng(0), "chunk_kda", {"g", "beta"}, use_gate_in_kernel=True)
+    with pytest.raises(fwp.ArgumentError, match=rf"lower_bound: expected .* got {lower_bound}"):
+        fla.chunk_kda(**x, safe_gate=True, lower_bound=lower_bound)
+    assert torch.equal(
+        fla.chunk_kda(**x, safe_gate=True, lower_bound=-5.0)[0], fla.chunk_kda(**x, lower_bound=-5.0)[0]
+    )
 
 
 def test_what_concerns_gpus_has_no_effect():
@@ -474,7 +584,12 @@ def test_time_can_be_cut():
 
 
 REFUSED = {
-    "batches of packed sequences": ("delta_rule", {"cu_seqlens": [0, 5]}, ValueError, "cu_seqlens|B"),
+    "batches of packed sequences": (
+        "delta_rule",
+        {"cu_seqlens": [0, 5]},
+        ValueError,
+        "cu_seqlens: expected B=1 for packed sequences, got B=2",
+    ),
     "states that do not fit": (
         "delta_rule",
         {"initial_state": torch.zeros(3, 2, 4, 3)},
@@ -560,8 +675,114 @@ REFUSED = {
         ValueError,
         "initial_state: expected a tensor or two in a tuple, got 3",
     ),
-    "words as cu_seqlens": ("delta_rule", {"cu_seqlens": "0, 5"}, TypeError, "cu_seqlens: expected integers"),
-    "a number as cu_seqlens": ("delta_rule", {"cu_seqlens": 5}, ValueError, r"cu_seqlens: expected shape"),
+    "words as cu_seqlens": (
+        "delta_rule",
+        {"cu_seqlens": "0, 5"},
+        TypeError,
+        "cu_seqlens: expected a sequence of",
+    ),
+    "a number as cu_seqlens": ("delta_rule", {"cu_seqlens": 5}, TypeError, "cu_seqlens: expected a sequence"),
+    "too many rates": (
+        "gated_delta_rule",
+        {"use_gate_in_kernel": True, "A_log": torch.zeros(3)},
+        ValueError,
+        r"A_log: expected 2 elements, got shape \(3,\)",
+    ),
+    "biases of heads for channels": (
+        "kda",
+        {"use_gate_in_kernel": True, "A_log": torch.zeros(2), "dt_bias": torch.zeros(2)},
+        ValueError,
+        r"dt_bias: expected 8 elements, got shape \(2,\)",
+    ),
+    "a sum of keys without its axis": (
+        "linear_attn",
+        {"initial_state": (None, torch.zeros(2, 2, 4))},
+        ValueError,
+        r"initial_state\[1\]: expected shape \(2, 1, 2, 4\), got \(2, 2, 4\)",
+    ),
+    "a first state of normalised attention that does not fit": (
+        "linear_attn",
+        {"initial_state": torch.zeros(2, 2, 4, 4)},
+        ValueError,
+        r"initial_state: expected shape \(2, 2, 4, 3\), got \(2, 2, 4, 4\)",
+    ),
+    "decays of too few heads": (
+        "simple_gla",
+        {"g_gamma": torch.zeros(1)},
+        ValueError,
+        r"g_gamma: expected shape \(2,\), got \(1,\)",
+    ),
+    "other heads of keys": (
+        "gated_delta_rule",
+        {"k": torch.zeros(2, 5, 1, 4, dtype=torch.float64)},
+        ValueError,
+        r"k: expected shape \(2, 5, 2, 4\), as q has, got \(2, 5, 1, 4\)",
+    ),
+    "more heads of queries than of values": (
+        "delta_rule",
+        {"v": torch.zeros(2, 5, 1, 3, dtype=torch.float64)},
+        ValueError,
+        r"v: expected shape \(2, 5, HV, V\), HV a multiple of H=2, got \(2, 5, 1, 3\)",
+    ),
+    "a scale that wants a gradient": (
+        "linear_attn",
+        {"scale": torch.ones((), requires_grad=True)},
+        NotImplementedError,
+        "scale: expected a number, got a tensor that requires a gradient",
+    ),
+    "a word as scale": ("linear_attn", {"scale": "1"}, TypeError, "scale: expected a number, got str"),
+    "no strengths": (
+        "gated_delta_rule",
+        {"beta": None},
+        TypeError,
+        "beta: expected a torch.Tensor, got None",
+    ),
+    "no decay": ("gated_delta_rule", {"g": None}, TypeError, "g: expected a torch.Tensor, got None"),
+    "no strengths of DeltaNet": ("delta_rule", {"beta": None}, TypeError, "beta: expected a torch.Tensor"),
+    "no decay of channels": ("kda", {"g": None}, TypeError, "g: expected a torch.Tensor, got NoneType"),
+    "no gates": ("gla", {"g": None}, TypeError, "g: expected a torch.Tensor, got NoneType"),
+    "a gate of channels": (
+        "gated_delta_rule",
+        {"g": torch.zeros(2, 5, 2, 4)},
+        ValueError,
+        r"g: expected shape \(2, 5, 2\), got \(2, 5, 2, 4\)",
+    ),
+    "a gate of heads": (
+        "kda",
+        {"g": torch.zeros(2, 5, 2)},
+        ValueError,
+        r"g: expected shape \(2, 5, 2, 4\), got \(2, 5, 2\)",
+    ),
+    "strengths of channels": (
+        "gated_delta_rule",
+        {"beta": torch.zeros(2, 5, 2, 3)},
+        ValueError,
+        r"beta: expected shape \(2, 5, 2\), got \(2, 5, 2, 3\)",
+    ),
+    "strengths of DeltaNet's channels": (
+        "delta_rule",
+        {"beta": torch.zeros(2, 5, 2, 3)},
+        ValueError,
+        r"beta: expected shape \(2, 5, 2\), got \(2, 5, 2, 3\)",
+    ),
+    "integers as strengths": (
+        "delta_rule",
+        {"beta": torch.ones(2, 5, 2, dtype=torch.int64)},
+        TypeError,
+        "beta: expected dtype float32, float64, float16 or bfloat16, got torch.int64",
+    ),
+    "truths as gate": (
+        "simple_gla",
+        {"g": torch.ones(2, 5, 2, dtype=torch.bool)},
+        TypeError,
+        "g: expected dtype float32, .* got torch.bool",
+    ),
+    "integers as state": (
+        "gla",
+        {"initial_state": torch.zeros(2, 2, 4, 3, dtype=torch.int32)},
+        TypeError,
+        "initial_state: expected dtype float32, .* got torch.int32",
+    ),
     "mixed dtypes": ("delta_rule", {"v": torch.zeros(2, 5, 2, 3).half()}, TypeError, "v: expected"),
 }
 
@@ -574,6 +795,115 @@ def test_what_is_refused(what):
     with pytest.raises(error, match=message) as caught:
         getattr(fla, f"chunk_{rule}")(**(x | changes))
     assert error is DeprecationWarning or isinstance(caught.value, fwp.FwpError)
+
+
+REFUSED_BY_FUSED = {
+    "value gates of keys": (
+        "gated_delta_rule",
+        {"gv": torch.zeros(2, 5, 2, 4)},
+        ValueError,
+        r"gv: expected shape \(2, 5, 2, 3\), got \(2, 5, 2, 4\)",
+    ),
+    "strengths of keys": (
+        "delta_rule",
+        {"beta": torch.zeros(2, 5, 2, 4)},
+        ValueError,
+        r"beta: expected shape \(2, 5, 2\) or \(2, 5, 2, 3\), got \(2, 5, 2, 4\)",
+    ),
+    "gates of other lengths": (
+        "gated_delta_rule",
+        {"g": torch.zeros(2, 5, 2), "gk": torch.zeros(2, 4, 2, 4)},
+        ValueError,
+        r"gk: expected shape \(2, 5, 2, 4\), got \(2, 4, 2, 4\)",
+    ),
+    "a gate of heads": (
+        "gla",
+        {"gk": torch.zeros(2, 5, 2)},
+        ValueError,
+        r"gk: expected shape \(2, 5, 2, 4\)",
+    ),
+    "a gate of heads in KDA": ("kda", {"g": torch.zeros(2, 5, 2)}, ValueError, "g: expected shape"),
+    "no strengths": ("kda", {"beta": None}, TypeError, "beta: expected a torch.Tensor, got NoneType"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_BY_FUSED)
+def test_what_recurrent_functions_refuse(what):
+    rule, changes, error, message = REFUSED_BY_FUSED[what]
+    name = f"fused_recurrent_{rule}"
+    gates = {"g", "beta"} & set(inspect.signature(getattr(fla, name)).parameters)
+    x = arguments(np.random.default_rng(0), name, gates, state=False)
+    with pytest.raises(error, match=message) as caught:
+        getattr(fla, name)(**(x | changes))
+    assert isinstance(caught.value, fwp.FwpError)
+
+
+@pytest.mark.parametrize("offsets", [(1, 5), (0, 4), (0, 3, 2, 5)])
+def test_wrong_offsets_are_shown_as_they_were_given(offsets):
+    q = torch.ones(1, 5, 2, 4)
+    messages = []
+    for reverse in (False, True):
+        with pytest.raises(fwp.ArgumentError, match="cu_seqlens: expected ") as caught:
+            fla.fused_recurrent_linear_attn(q, q, q, reverse=reverse, cu_seqlens=torch.tensor(offsets))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_no_channels_of_keys():
+    q, v, heads = torch.ones(2, 5, 2, 0), torch.ones(2, 5, 2, 3), torch.zeros(2, 5, 2)
+    for o, _ in (
+        fla.chunk_gated_delta_rule(q, q, v, heads, heads, use_qk_l2norm_in_kernel=True),
+        fla.fused_recurrent_simple_gla(q, q, v, heads),
+        fla.chunk_linear_attn(q, q, v),
+    ):
+        assert torch.equal(o, torch.zeros_like(v))
+
+
+@every_function
+def test_values_may_have_more_heads(name):
+    given_ = usual_gates(name)
+    x = arguments(np.random.default_rng(0), name, given_ | ({"g_gamma"} if "simple" in name else set()), HV=4)
+    o, S = getattr(fla, name)(**x, output_final_state=True)
+    exact_o, exact_S, _ = reference(name, x)
+    assert relative_error(o.numpy(), exact_o.numpy(), floor=1.0) <= EXACT
+    assert relative_error((S[0] if isinstance(S, tuple) else S).numpy(), exact_S.numpy(), floor=1.0) <= EXACT
+
+
+@every_function
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_changes_nothing(name, dtype):
+    given_ = usual_gates(name)
+    x = arguments(np.random.default_rng(0), name, given_)
+    x = {key: t.to(dtype) for key, t in x.items()}
+    expected = flat_results(getattr(fla, name)(**x, output_final_state=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = flat_results(getattr(fla, name)(**x, output_final_state=True))
+    assert [t.dtype for t in actual] == [t.dtype for t in expected]
+    for t, exact in zip(actual, expected, strict=True):
+        assert torch.equal(t, exact)
+    assert actual[0].dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["fused_recurrent_gated_delta_rule", "fused_recurrent_kda"])
+def test_recurrent_functions_do_not_round_normalised_rows(name):
+    x = arguments(np.random.default_rng(0), name, {"g", "beta"}, T=30, K=16, V=16, state=False)
+    low = {key: t.to(torch.bfloat16) for key, t in x.items()}
+    options = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
+    o, S = getattr(fla, name)(**low, **options)
+    assert (o.dtype, S.dtype) == (torch.bfloat16, torch.float32)
+    _, exact, _ = reference(name, {key: t.double() for key, t in low.items()} | options)
+    assert relative_error(S.double().numpy(), exact.numpy()) < 1e-5
+    rounded = getattr(fla, name.replace("fused_recurrent", "chunk"))(**low, **options)[1]
+    assert relative_error(rounded.double().numpy(), exact.numpy()) > 1e-4
+
+
+@every_function
+def test_under_another_default_device(name):
+    given_ = usual_gates(name)
+    x = arguments(np.random.default_rng(0), name, given_, lengths=(2, 3)) | {"cu_seqlens": [0, 2, 5]}
+    expected, _ = getattr(fla, name)(**x)
+    with torch.device("meta"):
+        assert torch.equal(getattr(fla, name)(**x)[0], expected)
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.asarray, np.uint64])

@@ -163,6 +163,13 @@ def test_inputs_are_read_only_to_it():
         np.testing.assert_array_equal(x, before[name], name)
 
 
+def test_a_shared_state_keeps_no_more_memory_alive():
+    inputs, attributes = make()
+    assert attributes["q_num_heads"] > attributes["kv_num_heads"]
+    _, state = linear_attention(**inputs, **attributes)
+    assert state.base is None or state.base.size == state.size
+
+
 REFUSED = {
     "an unknown rule": ({}, {"update_rule": "oja"}, fwp.ArgumentError, "update_rule: expected one of linear"),
     "no decay": ({"decay": None}, {}, fwp.ArgumentError, "decay: expected an array .* got None"),

@@ -127,6 +127,21 @@ def test_an_unknown_model_is_refused():
         patch("mamba")
 
 
+def test_all_is_patched_or_nothing():
+    before = {model: functions_of(model) for model in MODELS}
+    with pytest.raises(fwp.ArgumentError, match="models: expected names out of .* got 'mamba'"):
+        patch("qwen3_next", "mamba")
+    assert {model: functions_of(model) for model in MODELS} == before
+
+
+def test_what_is_found_is_that_of_this_call(monkeypatch):
+    patch("qwen3_next")
+    found = compat.find_spec
+    monkeypatch.setattr(compat, "find_spec", lambda name: None if "kimi" in name else found(name))
+    with pytest.raises(fwp.UnsupportedError, match="to have the functions of kimi_linear, got none"):
+        patch("kimi_linear")
+
+
 def test_a_version_without_these_models_is_refused(monkeypatch):
     monkeypatch.setattr(compat, "find_spec", lambda name: None)
     with pytest.raises(fwp.UnsupportedError, match="models: expected transformers to have the functions"):
@@ -224,6 +239,61 @@ def test_gradients_of_functions_are_the_same(model, name):
         found.append(torch.autograd.grad(results, leaves, incoming))
     for actual, expected in zip(*found, strict=True):
         close(actual, expected)
+
+
+def test_wrong_calls_are_those_of_the_original():
+    arrays, _ = inputs("chunk", T=5)
+    names = ("query", "key", "value", "g", "beta")
+    original, function = both("qwen3_next", "torch_chunk_gated_delta_rule")
+    for args, kwargs in (
+        ((), {}),
+        ((), dict(zip(names[1:], arrays[1:], strict=True))),
+        (arrays, {"query": arrays[0]}),
+        ((*arrays, *[None] * 20), {}),
+    ):
+        messages = []
+        for run in (function, original):
+            with pytest.raises(TypeError) as caught:
+                run(*args, **kwargs)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+
+
+def test_chunks_of_any_size():
+    original, function = both("qwen3_next", "torch_chunk_gated_delta_rule")
+    arrays, _ = inputs("chunk", T=20)
+    close(function(*arrays, chunk_size=7)[0], original(*arrays, chunk_size=7)[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [key for key in EVERY_FUNCTION if key[0] in ("qwen3_next", "kimi_linear")]
+)
+def test_autocast_leaves_dtypes_as_the_original_does(model, name):
+    original, function = both(model, name)
+    arrays, initial_state = inputs(name, T=5)
+    options = {"initial_state": initial_state, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    expected = original(*arrays, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = original(*arrays, **options)
+        ours = function(*arrays, **options)
+    for actual, there, exact in zip(ours, theirs, expected, strict=True):
+        assert actual.dtype == there.dtype == torch.float32
+        close(actual, exact)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.*is deprecated")
+@pytest.mark.parametrize("name", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"])
+def test_a_traced_function_computes_with_other_inputs(name):
+    _, function = both("qwen3_next", name)
+
+    def run(*arrays):
+        *arrays, state = arrays
+        return function(*arrays, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
+
+    first, others = ([*arrays, state] for arrays, state in (inputs(name, T=5, seed=n) for n in (0, 1)))
+    traced = torch.jit.trace(run, tuple(first))
+    for actual, expected in zip(traced(*others), run(*others), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -329,6 +329,31 @@ def test_torch_memory_is_read_and_written_in_place():
     assert o.eq(3).all()
 
 
+@pytest.mark.parametrize("kind", ["numpy", "torch", "made"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "beta", "g", "initial_state"])
+def test_inputs_are_read_where_they_lie(kind, name):
+    """A call sees the addresses of the caller's memory: an output may lie right behind it, and not within."""
+    convert = {"numpy": np.asarray, "made": Producer}.get(kind) or pytest.importorskip("torch").from_numpy
+    x, heads = np.ones((1, 3, 2, 4), np.float32), np.full((1, 3, 2), 0.5, np.float32)
+    inputs = {"q": x, "k": x, "v": x, "beta": heads, "g": -heads, "initial_state": np.ones((1, 2, 4, 4))}
+    inputs["initial_state"] = inputs["initial_state"].astype(np.float32)
+    size = inputs[name].size
+    memory = np.zeros(24 + size + 24, np.float32)
+    before, place, behind = memory[:24], memory[24 : 24 + size], memory[24 + size :]
+    place[:] = inputs[name].ravel()
+    expected, _ = fwp.delta_rule(**inputs)
+    given = {key: convert(value) for key, value in inputs.items()}
+    given[name] = convert(place.reshape(inputs[name].shape))
+    for out in (before, behind):
+        out = out.reshape(x.shape)
+        fwp.delta_rule(**given, out=convert(out))
+        same_bits(out, expected)
+    for start in (1, 24 + size - 1):
+        out = memory[start : start + 24].reshape(x.shape)
+        with pytest.raises(fwp.ArgumentError, match=f"^out: .* shares memory with {name}$"):
+            fwp.delta_rule(**given, out=convert(out))
+
+
 @pytest.mark.parametrize("framework", ["numpy", "torch", "jax.numpy"])
 def test_our_memory_is_taken_over_in_place(framework):
     pytest.importorskip(framework.partition(".")[0])
@@ -540,10 +565,9 @@ def test_arguments_of_a_feature_map_are_of_one_framework():
     phi, x = fwp.feature_maps.ReLU(), np.ones((2, 3), np.float32)
     with pytest.raises(fwp.DTypeError, match=r"^dy: expected an array of type numpy.ndarray, as x is, got"):
         phi.backward(Producer(x), x)
-    for bad in (np.float32(1), Producer(np.float32([1])[:0].reshape(0)), 3.0):
-        if not isinstance(bad, Producer):
-            with pytest.raises(fwp.DTypeError, match="^x: expected an array"):
-                phi(bad)
+    for bad in (np.float32(1), 3.0):
+        with pytest.raises(fwp.DTypeError, match="^x: expected an array"):
+            phi(bad)
     with pytest.raises(fwp.ShapeError, match=r"^x: expected at least one axis, got none"):
         phi(Producer(np.ones((), np.float32)))
 

@@ -441,6 +441,11 @@ BAD = {
         fwp.DTypeError,
         "expected dtype",
     ),
+    "eight bits": (
+        lambda x: x.to(torch.float8_e5m2),
+        fwp.DTypeError,
+        "expected dtype float32, float64, float16 or bfloat16, got torch.float8_e5m2",
+    ),
     "integers": (lambda x: x.long(), fwp.DTypeError, "expected dtype"),
     "complex": (lambda x: x.to(torch.complex64), fwp.DTypeError, "expected dtype"),
     "another precision": (lambda x: x.double(), fwp.DTypeError, "expected"),
@@ -471,6 +476,36 @@ def test_fake_tensors():
     with mode:
         o, final_state = fwp.torch.delta_rule(**fake)
     assert (o.shape, final_state.shape) == ((2, 3, 2, 4), (2, 2, 4, 4))
+
+
+@pytest.mark.parametrize("name", torch_cases.INPUTS)
+@pytest.mark.parametrize("kind", ["integers", "another shape"])
+def test_fake_tensors_are_checked(name, kind):
+    from torch._subclasses import FakeTensorMode
+
+    change, error, message = BAD[kind]
+    arguments = good()
+    arguments[name] = change(arguments[name])
+    mode = FakeTensorMode()
+    fake = {name: mode.from_tensor(x) for name, x in arguments.items()}
+    with mode, pytest.raises(error, match=message) as caught:
+        fwp.torch.delta_rule(**fake)
+    if name != "q":
+        assert str(caught.value).startswith(f"{name}:")
+
+
+def test_fake_offsets_and_projections_are_checked():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        q, offsets = torch.ones(1, 3, 2, 4), torch.zeros(3, dtype=torch.int64)
+        assert fwp.torch.linear_attention(q, q, q, cu_seqlens=offsets)[1].shape == (2, 2, 4, 4)
+        for bad, message in ((offsets[:0], "expected at least one offset"), (offsets[:1], "to end with T=3")):
+            with pytest.raises(fwp.FwpError, match=f"cu_seqlens: .*{message}"):
+                fwp.torch.linear_attention(q, q, q, cu_seqlens=bad)
+        phi = fwp.feature_maps.FAVOR(np.ones((5, 3), np.float32))
+        with pytest.raises(fwp.ShapeError, match="projection: expected shape"):
+            fwp.torch.linear_attention(q, q, q, feature_map=phi)
 
 
 def test_outputs_are_not_differentiable():
@@ -527,6 +562,76 @@ def test_plain_calls_refuse_transformations(name):
         torch.func.jvp(call, (arguments["k"],), (arguments["k"],))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(fwp.UnsupportedError, match="forward-mode"):
         call(torch.autograd.forward_ad.make_dual(arguments["k"], arguments["k"]))
+
+
+# torch.jit.trace.
+
+tracing = pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:`torch.jit.*is (deprecated|not supported)"
+)
+
+
+@tracing
+@pytest.mark.parametrize("name", plain_calls(good()))
+def test_plain_calls_are_not_traced(name):
+    arguments = good()
+
+    def call(k):
+        plain_calls(arguments | {"k": k})[name]()
+        return k
+
+    if name.startswith("step"):
+        torch.jit.trace(call, arguments["k"])
+        return
+    message = "expected (a tensor outside|None under .*) torch.jit.trace"
+    with pytest.raises(fwp.UnsupportedError, match=message):
+        torch.jit.trace(call, arguments["k"])
+
+
+@tracing
+@all_rules
+def test_traced_scans_compute_with_other_inputs(rule):
+    def arrays(T, seed):
+        case = make_case(rule, "scalar", T=T, seed=seed, attention_norm=True, feature_map=("DPFP", 2))
+        return case, tensors(case)
+
+    case, first = arrays(3, 0)
+    traced = torch.jit.trace(lambda *x: scan(case, x), tuple(first))
+    for T in (3, 7):
+        other, inputs = arrays(T, 1)
+        for x, y in zip(traced(*inputs), scan(other, inputs), strict=True):
+            assert torch.equal(x, y)
+
+
+@tracing
+def test_traced_steps_compute_with_other_inputs():
+    def run(q, k, v, beta, g, state):
+        return fwp.delta_rule_step(q, k, v, beta, g, state=state)
+
+    traced = torch.jit.trace(run, tuple(good().values()), check_trace=False)
+    case = make_case("delta", "scalar", T=3, K=4, V=4, seed=1)
+    *inputs, state = tensors(case)
+    mine = state.clone()
+    assert torch.equal(traced(*inputs, mine), run(*inputs, state))
+    assert torch.equal(mine, state)
+
+
+def test_integers_under_another_default_device():
+    q = torch.randn(1, 5, 2, 4)
+    lengths = [0, 2, 5]
+    expected = fwp.linear_attention(q, q, q, cu_seqlens=lengths)
+    states = torch.zeros(2, 3, 2, 4, 4)
+    compiled = torch.compile(
+        lambda q: fwp.linear_attention(q, q, q, cu_seqlens=lengths), backend="eager", fullgraph=True
+    )
+    torch.compiler.reset()
+    with torch.device("meta"):
+        for found in (fwp.linear_attention(q, q, q, cu_seqlens=lengths), compiled(q)):
+            for x, y in zip(found, expected, strict=True):
+                assert torch.equal(x, y)
+        fwp.linear_attention_step(q[:, 0], q[:, 0], q[:, 0], state=states[0], state_indices=[2])
+    fwp.linear_attention_step(q[:, 0], q[:, 0], q[:, 0], state=states[1], state_indices=[2])
+    assert torch.equal(states[0], states[1])
 
 
 def test_a_state_that_requires_grad_is_not_stepped():

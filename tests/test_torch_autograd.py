@@ -236,8 +236,24 @@ def test_legacy_batches_are_refused():
     case = small("delta")
     inputs = tensors(case, True)
     o, _ = scan(case, inputs)
-    with pytest.raises(fwp.UnsupportedError, match="do: expected an array that hands out its memory"):
+    with pytest.raises(
+        fwp.UnsupportedError, match="do: expected a tensor without a batch axis .* is_grads_batched"
+    ):
         torch.autograd.grad(o, inputs[0], torch.stack([tensor(case.do)] * 2), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_batches_of_offsets_are_refused(compiled):
+    q, offsets = torch.ones(1, 4, 2, 3), torch.tensor([[0, 1, 4], [0, 2, 4]])
+
+    def batched(offsets):
+        return torch.func.vmap(lambda x: fwp.linear_attention(q, q, q, cu_seqlens=x)[0])(offsets)
+
+    if compiled:
+        torch.compiler.reset()
+        batched = torch.compile(batched, backend="aot_eager")
+    with pytest.raises(Exception, match="cu_seqlens: expected a tensor without a batch axis"):
+        batched(offsets)
 
 
 # Forward mode.

@@ -390,6 +390,11 @@ def test_the_example_learns():
             "key_heads: expected an integer from 1 to .*, got 0",
         ),
         ({"hidden_size": 16, "heads": 2, "key_size": 0}, "key_size: expected an integer from 1 to .*, got 0"),
+        (
+            {"hidden_size": 16, "heads": 2, "rule": ["delta"]},
+            r"rule: expected 'delta' or 'linear', got \['delta'\]",
+        ),
+        ({"hidden_size": 16, "heads": 2, "eps": -1.0}, "eps: expected a finite number of 0 or more, got -1"),
         ({"hidden_size": 16, "heads": 2, "qk_norm": "l3"}, "qk_norm: expected None, 'sum' or 'l2', got 'l3'"),
     ],
 )
@@ -402,6 +407,11 @@ def test_bad_parameters(arguments, message):
     ("arguments", "message"),
     [
         ({"heads": 2.0}, "heads: expected an integer, got float"),
+        ({"heads": 2, "attention_norm": "yes"}, "attention_norm: expected True or False, got str"),
+        ({"heads": 2, "output_norm": "yes"}, "output_norm: expected True or False, got str"),
+        ({"heads": 2, "output_gate": None}, "output_gate: expected True or False, got NoneType"),
+        ({"heads": 2, "eps": "a"}, "eps: expected a number, got str"),
+        ({"heads": 2, "scale": "a"}, "scale: expected a number, got str"),
         ({"heads": 2, "feature_map": "elu"}, "feature_map: expected None or an object of .*, got str"),
     ],
 )
@@ -433,3 +443,55 @@ def test_bad_inputs():
         layer(x, layer.initial_state(3))
     with pytest.raises(fwp.ShapeError, match="state: expected that of 2 sequences, got 1"):
         layer.step(x, layer.initial_state(1))
+    with pytest.raises(fwp.DTypeError, match="state: expected a FastWeightState, got NoneType"):
+        layer.step(x, None)
+    for call in (layer, lambda x: layer.step(x, layer.initial_state(2))):
+        with pytest.raises(fwp.DTypeError, match="x: expected a torch.Tensor, got ndarray"):
+            call(x.numpy())
+
+
+@pytest.mark.parametrize("make_offsets", [list, torch.tensor])
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ((1, 9), "expected it to start with 0, got 1"),
+        ((0, 8), "expected it to end with T=9, got 8"),
+        ((0, 12), "expected it to end with T=9, got 12"),
+        ((0, 7, 3, 9), "expected offsets that never fall, got 7 before 3"),
+        ((0, -100, 9), "expected offsets that never fall, got 0 before -100"),
+    ],
+)
+def test_bad_offsets(offsets, message, make_offsets):
+    for kind in ("delta", "gated delta"):
+        with pytest.raises(fwp.ArgumentError, match=f"cu_seqlens: {message}"):
+            make(kind)(text(B=1), cu_seqlens=make_offsets(offsets))
+
+
+@pytest.mark.parametrize("offsets", [(0, 99), (3, 9), (-7, 9, 4), (0, 4), (0, 2**40, 9)])
+def test_offsets_that_cannot_be_checked_read_no_other_memory(offsets):
+    """Those on a device: the scan finds them later, and a wrong index before it would end the process."""
+    module = importlib.import_module("fwp_core.adapters.torch_layer")
+    x, recent = text(B=1), torch.ones(len(offsets) - 1, 3, D, dtype=torch.float64)
+    taps = torch.ones(4, D, dtype=torch.float64)
+    y, after = module._convolve_packed(x, recent, taps, torch.tensor(offsets))
+    assert (y.shape, after.shape) == (x.shape, recent.shape)
+
+
+class Residual(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return x + self.layer(x)[0]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:`torch.jit.*is (deprecated|not supported)"
+)
+@kinds
+def test_traced(kind):
+    block = Residual(make(kind))
+    traced = torch.jit.trace(block, text())
+    for x in (text(seed=1), text(B=3, T=5, seed=2)):
+        assert torch.equal(traced(x), block(x))

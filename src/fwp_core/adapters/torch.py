@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from .._core import DeviceError, DTypeError, ShapeError, UnsupportedError
 from ..feature_maps import FeatureMap, Parameters
 from ..ops import Gradients, QKNorm
 from . import torch_ops
-from .torch_autograd import refuse_forward_mode, scan
-from .torch_call import STEPS, Call, Offsets, parameters
+from .torch_autograd import refuse_batched, refuse_forward_mode, scan
+from .torch_call import FLOATS, STEPS, Call, Offsets, parameters
 
 Integers: TypeAlias = Any  # a sequence, or an array of any framework
 Pullback: TypeAlias = Callable[..., Gradients]
@@ -186,7 +186,7 @@ def vjp(
 
     Neither is differentiable: tensors that require a gradient are an UnsupportedError while grad mode is on.
     """
-    _check_options(feature_map, eps, scale)
+    check_options(feature_map, eps, scale)
     inputs = _plain(_INPUTS, (q, k, v, beta, g, initial_state))
     options = (_rule(fn), feature_map, qk_norm, attention_norm, eps, scale)
     call = Call(*(*options, _lengths(cu_seqlens), _core.isa()))
@@ -258,7 +258,7 @@ def diagnose(
 ) -> diagnostics.Diagnostics:
     """Return the probes of :func:`fwp_core.diagnose`, NumPy arrays, measured where the tensors are."""
     rule = getattr(ops, _rule(fn))
-    _check_options(None, options.get("eps"), options.get("scale"))
+    check_options(None, options.get("eps"), options.get("scale"))
     *arrays, initial_state = (_precise(x) for x in _plain(_INPUTS, (q, k, v, beta, g, initial_state)))
     measure = inspect.unwrap(diagnostics.diagnose)  # what takes any array
     found: diagnostics.Diagnostics = measure(
@@ -275,14 +275,6 @@ def described(projection: Tensor) -> Tensor:
     _check_projection(projection)
     (projection,) = _plain(("projection",), (projection,))
     return projection
-
-
-def count(cu_seqlens: Integers) -> int:
-    """How many offsets there are."""
-    if not _traced() and not _on_device(cu_seqlens):
-        return len(_lengths(cu_seqlens) or ())
-    integers = _integers("cu_seqlens", cu_seqlens)
-    return 0 if integers is None else integers.shape[0]
 
 
 def feature_forward(map: FeatureMap, x: Tensor) -> Tensor:
@@ -304,8 +296,8 @@ def feature_backward(map: FeatureMap, dy: Tensor, x: Tensor) -> Tensor:
 def _scan(
     inputs: Any, options: Any, cu_seqlens: Any, out: Any, final_state_out: Any
 ) -> tuple[Tensor, Tensor]:
-    _check_options(options[1], *options[-2:])
-    if _traced():
+    check_options(options[1], *options[-2:])
+    if traced():
         _refuse_outputs(out=out, final_state_out=final_state_out)
         o, final_state = torch_ops.scan(
             *_autocast(inputs), _integers("cu_seqlens", cu_seqlens), *_as_data(options)
@@ -334,7 +326,7 @@ def _run_scan(call: Call, inputs: Any, out: Any, final_state_out: Any) -> tuple[
 def _backward(
     inputs: Any, options: Any, cu_seqlens: Any, do: Any, dfinal_state: Any, out: Gradients | None
 ) -> Gradients:
-    _check_options(options[1], *options[-2:])
+    check_options(options[1], *options[-2:])
     call = Call(*(*options, _lengths(cu_seqlens)))
     return _run_backward(call, _plain(_INPUTS, inputs), do, dfinal_state, out, None)
 
@@ -351,8 +343,8 @@ def _run_backward(
 
 
 def _step(inputs: Any, state: Any, state_indices: Any, options: Any, out: Any) -> Tensor:
-    _check_options(options[1], *options[-2:])
-    if _traced():
+    check_options(options[1], *options[-2:])
+    if traced():
         _refuse_outputs(out=out)
         indices = _integers("state_indices", state_indices)
         o: Tensor = torch_ops.step(*_autocast(inputs), state, indices, *_as_data(options))
@@ -372,9 +364,13 @@ def _rule(fn: Callable[..., Any]) -> str:
 # Under a tracer.
 
 
-def _traced() -> bool:
-    """Whether operations are recorded rather than run: by torch.compile, torch.export or a dispatch mode."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def traced() -> bool:
+    """Whether operations are recorded: by torch.compile, torch.export, torch.jit.trace or a dispatch mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _as_data(options: Any) -> tuple[Any, ...]:
@@ -395,7 +391,7 @@ def _integers(name: str, values: Any) -> Tensor | None:
         return None
     if isinstance(values, (str, bytes, dict, set, frozenset)) or not hasattr(values, "__len__"):
         raise DTypeError(f"{name}: expected a sequence of integers, got {type(values).__name__}")
-    integers = torch.as_tensor(values)
+    integers = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     _check_axes(name, integers)
     return integers
 
@@ -403,7 +399,10 @@ def _integers(name: str, values: Any) -> Tensor | None:
 def _refuse_outputs(**outputs: Any) -> None:
     for name, x in outputs.items():
         if x is not None:
-            raise UnsupportedError(f"{name}: expected None under torch.compile, got {type(x).__name__}")
+            raise UnsupportedError(
+                f"{name}: expected None under torch.compile, torch.jit.trace and dispatch modes, "
+                f"got {type(x).__name__}"
+            )
 
 
 # Arguments.
@@ -418,7 +417,7 @@ def _checked(name: str, x: Any) -> Any:
         raise DTypeError(f"{name}: expected {expected}, got {type(x).__name__}")
     if x.layout is not torch.strided:
         raise UnsupportedError(f"{name}: expected a strided tensor, got layout {x.layout}")
-    if x.is_quantized:
+    if x.dtype not in FLOATS:
         raise DTypeError(f"{name}: expected dtype float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.is_meta:
         raise DeviceError(f"{name}: expected a tensor that has memory, got one on device meta")
@@ -436,6 +435,11 @@ def _undifferentiated(name: str, x: Any, written: bool) -> Any:
     if written and isinstance(x, Tensor) and x.is_neg():
         raise UnsupportedError(f"{name}: expected a tensor without the negative bit, got one with it")
     x = _checked(name, x)
+    if torch._C._get_tracing_state() is not None:
+        raise UnsupportedError(
+            f"{name}: expected a tensor outside torch.jit.trace, which records no plain call, got one in it; "
+            "fwp_core.torch.delta_rule, linear_attention and their steps can be traced"
+        )
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise UnsupportedError(
             f"{name}: expected a tensor outside torch.func, got one of a transformation; "
@@ -456,7 +460,7 @@ def _refuse_tangent(x: Tensor) -> None:
         refuse_forward_mode()
 
 
-def _check_options(feature_map: Any, eps: Any, scale: Any) -> None:
+def check_options(feature_map: Any, eps: Any, scale: Any) -> None:
     """Refuse those that would silently get no gradient; FAVOR itself refuses such a projection."""
     if isinstance(feature_map, Parameters):
         _check_projection(feature_map.projection)
@@ -482,12 +486,38 @@ def _lengths(cu_seqlens: Integers | None) -> Offsets | None:
     """Integers that a later change of the caller's array does not touch; those of a device stay there."""
     if cu_seqlens is None:
         return None
+    batched = isinstance(cu_seqlens, Tensor) and torch._C._functorch.is_batchedtensor(cu_seqlens)
+    refuse_batched("cu_seqlens", batched)
     if _on_device(cu_seqlens):
         _check_axes("cu_seqlens", cu_seqlens)
         return cu_seqlens.clone()
     integers = _core.to_integers("cu_seqlens", cu_seqlens)
     _check_axes("cu_seqlens", integers)
     return tuple(integers.tolist())
+
+
+def offsets(cu_seqlens: Integers, x: Tensor) -> Offsets:
+    """cu_seqlens of x [B,T,...], checked where their values can be known without waiting for them."""
+    if traced():
+        return cast(Tensor, _integers("cu_seqlens", cu_seqlens))
+    found = cast(Offsets, _lengths(cu_seqlens))
+    if not isinstance(found, Tensor):
+        check_call((*x.shape[:2], 0, 0), cu_seqlens=found)
+    return found
+
+
+def check_call(
+    shape: Sequence[int],
+    qk_norm: Any = None,
+    attention_norm: Any = False,
+    eps: Any = 1e-6,
+    scale: Any = 1.0,
+    cu_seqlens: Any = None,
+) -> None:
+    """Make the checks of a scan with these options on inputs of this shape, without inputs."""
+    x = _core.AbstractArray(shape, "float32")
+    options = (None, qk_norm, attention_norm, eps, scale)
+    _core.linear_attention(x, x, x, None, None, *options, None, cu_seqlens, None, None, False)
 
 
 def _check_axes(name: str, integers: Any) -> None:

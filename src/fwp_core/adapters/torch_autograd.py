@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._core import UnsupportedError
 from . import recurrence
-from .torch_call import Call, Inputs, no_gradient, parameters
+from .torch_call import Call, Inputs, no_gradient, parameters, wide
 
 
 class Scan(torch.autograd.Function):
@@ -33,6 +33,8 @@ class Scan(torch.autograd.Function):
         *inputs, checkpoints = ctx.saved_tensors
         if do is None and dfinal_state is None:
             return (None,) * (1 + len(inputs))
+        for name, x in (("do", do), ("dfinal_state", dfinal_state)):
+            refuse_batched(name, x is not None and torch._C._functorch.is_legacy_batchedtensor(x))
         do = no_gradient(inputs) if do is None else do
         if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
             return None, *ctx.call.backward(do, dfinal_state, checkpoints, inputs)
@@ -123,6 +125,14 @@ def refuse_forward_mode() -> None:
     )
 
 
+def refuse_batched(name: str, batched: bool) -> None:
+    if batched:
+        raise UnsupportedError(
+            f"{name}: expected a tensor without a batch axis of torch's, got one with it (torch.func.vmap, "
+            "is_grads_batched, vectorize), which is not supported here"
+        )
+
+
 class Fold:
     """The batch axis of torch.func.vmap, of a size, as part of B or, where sequences are packed, of T."""
 
@@ -174,7 +184,6 @@ def _recurrence_gradients(call: Call, *arrays: Any) -> tuple[Tensor, ...]:
 
 
 def _recurrence(call: Call, *inputs: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if inputs[2].dtype == torch.float64 else torch.float32
     rule = recurrence.Rule(
         call.rule == "delta_rule",
         parameters(call.feature_map),
@@ -183,6 +192,6 @@ def _recurrence(call: Call, *inputs: Any) -> tuple[Tensor, Tensor]:
         call.eps,
         call.scale,
     )
-    q, k, v, beta, g, initial_state = (None if x is None else x.to(wide) for x in inputs)
+    q, k, v, beta, g, initial_state = (None if x is None else x.to(wide(inputs[2])) for x in inputs)
     o, final_state = recurrence.scan(torch, rule, q, k, v, beta, g, initial_state, call.lengths())
     return o.to(inputs[2].dtype), final_state

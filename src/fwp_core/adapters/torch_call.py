@@ -21,6 +21,7 @@ STEPS: dict[str, Kernel] = {
     "linear_attention": _core.linear_attention_step,
     "delta_rule": _core.delta_rule_step,
 }
+FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))  # what kernels take
 Inputs = tuple[Any, ...]  # q, k, v, beta, g, initial_state
 Offsets = Sequence[int] | Tensor  # cu_seqlens; a tensor on a device, so that nothing waits for it
 
@@ -98,6 +99,11 @@ def repeated(cu_seqlens: Tensor, count: int, folded: Inputs) -> Tensor:
 def _resolved(x: Any) -> Any:
     """The tensor with the values that its memory has: kernels do not know of the negative bit."""
     return x if x is None or not x.is_neg() else x.resolve_neg()
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of sums and states."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def no_gradient(inputs: Inputs) -> Tensor:

@@ -14,6 +14,7 @@ from .._core import ArgumentError, DTypeError, ShapeError
 from ..feature_maps import FAVOR, FeatureMap, _integer
 from ..ops import QKNorm
 from . import torch as ops
+from .torch_call import Offsets, wide
 
 _SCANS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "delta": ops.delta_rule,
@@ -21,7 +22,6 @@ _SCANS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 _STEPS: dict[str, Callable[..., Tensor]] = {"delta": ops.delta_rule_step, "linear": ops.linear_attention_step}
 _GATES = (None, "scalar", "channel")
-_NORMS = (None, "sum", "l2")
 
 
 class FastWeightState(NamedTuple):
@@ -122,9 +122,13 @@ class FastWeightAttention(nn.Module):
         self.value_size = _integer("value_size", size if value_size is None else value_size, 1)
         self.taps = _integer("taps", taps, 0)
         self.rule, self.gate = rule, gate
-        self._check(feature_map, qk_norm)
+        self._check(feature_map)
         normalised = qk_norm is not None or attention_norm
         self.scale = scale if scale is not None else 1.0 if normalised else self.key_size**-0.5
+        ops.check_call((1, 0, 1, 1), qk_norm, attention_norm, eps, self.scale)
+        for name, switch in (("output_norm", output_norm), ("output_gate", output_gate)):
+            if not isinstance(switch, bool):
+                raise DTypeError(f"{name}: expected True or False, got {type(switch).__name__}")
         self.qk_norm, self.attention_norm, self.eps = qk_norm, attention_norm, eps
         self.feature_map = feature_map
         self.state_keys = feature_map.dim(self.key_size) if feature_map else self.key_size
@@ -135,17 +139,15 @@ class FastWeightAttention(nn.Module):
         self._make(output_norm, output_gate, factory)
         self.reset_parameters()
 
-    def _check(self, feature_map: Any, qk_norm: Any) -> None:
+    def _check(self, feature_map: Any) -> None:
         if feature_map is not None and not isinstance(feature_map, FeatureMap):
             raise DTypeError(
                 "feature_map: expected None or an object of fwp_core.feature_maps, got "
                 f"{type(feature_map).__name__}"
             )
-        if qk_norm not in _NORMS:
-            raise ArgumentError(f"qk_norm: expected None, 'sum' or 'l2', got {qk_norm!r}")
         if self.heads % self.key_heads:
             raise ArgumentError(f"key_heads: expected a divisor of {self.heads} heads, got {self.key_heads}")
-        if self.rule not in _SCANS:
+        if self.rule not in tuple(_SCANS):
             raise ArgumentError(f"rule: expected 'delta' or 'linear', got {self.rule!r}")
         if self.gate not in _GATES:
             raise ArgumentError(f"gate: expected None, 'scalar' or 'channel', got {self.gate!r}")
@@ -201,10 +203,9 @@ class FastWeightAttention(nn.Module):
     def initial_state(self, sequences: int) -> FastWeightState:
         """Return the state before the first token of that many sequences: zeros."""
         weight = self.out.weight
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         shape = (sequences, self.heads, self.state_keys, self.value_size + self.attention_norm)
         recent = weight.new_zeros(sequences, self.taps - 1, sum(self._sizes())) if self.taps else None
-        return FastWeightState(weight.new_zeros(shape, dtype=wide), recent)
+        return FastWeightState(weight.new_zeros(shape, dtype=wide(weight)), recent)
 
     def forward(
         self,
@@ -229,12 +230,21 @@ class FastWeightAttention(nn.Module):
         y : Tensor [B,T,D]
         state : FastWeightState
         """
-        state = self._checked(x, state, cu_seqlens)
-        q, k, v, recent = self._projected(x, state, cu_seqlens)
+        self._check_input(x)
+        offsets = None
+        if cu_seqlens is not None:
+            if x.shape[0] != 1:
+                raise ShapeError(f"x: expected B=1 for packed sequences, got {x.shape[0]}")
+            offsets = ops.offsets(cu_seqlens, x)
+        sequences = x.shape[0] if offsets is None else _count(offsets) - 1
+        if state is None:
+            state = self.initial_state(sequences)
+        self._check_state(state, sequences)
+        q, k, v, recent = self._projected(x, state, offsets)
         o, memory = _SCANS[self.rule](
             *(q, k, v, *self._strengths(x)),
             initial_state=state.memory,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=offsets,
             **self._options(),
         )
         return self._read_out(o, x), FastWeightState(memory, recent)
@@ -245,25 +255,19 @@ class FastWeightAttention(nn.Module):
 
         For decoding: as forward, to rounding, without gradients and at the cost of no new state.
         """
-        self._checked(x, state, None)
+        self._check_input(x)
+        self._check_state(state, x.shape[0])
         q, k, v, recent = self._projected(x, state, None)
         o = _STEPS[self.rule](q, k, v, *self._strengths(x), state=state.memory, **self._options())
         if state.recent is not None and recent is not None:
             state.recent.copy_(recent)
         return self._read_out(o, x)
 
-    def _checked(
-        self, x: Tensor, state: FastWeightState | None, cu_seqlens: Sequence[int] | Tensor | None
-    ) -> FastWeightState:
+    def _check_input(self, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise DTypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
         if x.ndim != 3 or x.shape[2] != self.hidden_size:
             raise ShapeError(f"x: expected shape (B, T, D={self.hidden_size}), got {tuple(x.shape)}")
-        if cu_seqlens is not None and x.shape[0] != 1:
-            raise ShapeError(f"x: expected B=1 for packed sequences, got {x.shape[0]}")
-        sequences = x.shape[0] if cu_seqlens is None else ops.count(cu_seqlens) - 1
-        if state is None:
-            return self.initial_state(sequences)
-        self._check_state(state, sequences)
-        return state
 
     def _check_state(self, state: FastWeightState, sequences: int) -> None:
         if not isinstance(state, FastWeightState):
@@ -279,17 +283,17 @@ class FastWeightAttention(nn.Module):
             raise ShapeError(f"state: expected recent of shape {recent}, got {given}")
 
     def _projected(
-        self, x: Tensor, state: FastWeightState, cu_seqlens: Sequence[int] | Tensor | None
+        self, x: Tensor, state: FastWeightState, offsets: Offsets | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k and v [B,T,heads,size], and the state of the convolution after them."""
         y, recent = self.project(x), None
         if self.convolution is not None:
             assert state.recent is not None
             before = state.recent.to(y.dtype)
-            if cu_seqlens is None:
+            if offsets is None:
                 y, recent = _convolve(y, before, self.convolution)
             else:
-                y, recent = _convolve_packed(y, before, self.convolution, cu_seqlens)
+                y, recent = _convolve_packed(y, before, self.convolution, offsets)
             y = F.silu(y)
         q, k, v = y.split(self._sizes(), dim=-1)
         keys = (self.key_heads, self.key_size)
@@ -322,9 +326,8 @@ class FastWeightAttention(nn.Module):
         if self.projection is None or self.feature_map is None:
             return self.feature_map
         projection: Tensor = self.projection
-        wide = projection.dtype in (torch.float32, torch.float64)
-        projection = projection if wide else projection.float()
-        if torch.compiler.is_compiling():
+        projection = projection.to(wide(projection))
+        if ops.traced():
             return self.feature_map._parameters._replace(projection=projection)
         return FAVOR(projection, self.feature_map._parameters.eps)
 
@@ -365,19 +368,25 @@ def _convolve(x: Tensor, recent: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
     return y, x[:, length:]
 
 
-def _convolve_packed(
-    x: Tensor, recent: Tensor, taps: Tensor, cu_seqlens: Sequence[int] | Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same of the sequences of x [1,T,C], each after its own recent [N,n-1,C]."""
+def _count(offsets: Offsets) -> int:
+    return offsets.shape[0] if isinstance(offsets, Tensor) else len(offsets)
+
+
+def _convolve_packed(x: Tensor, recent: Tensor, taps: Tensor, offsets: Offsets) -> tuple[Tensor, Tensor]:
+    """The same of the sequences of x [1,T,C], each after its own recent [N,n-1,C].
+
+    Wrong offsets on a device, which the scan finds, read wrong rows, and none that is not there.
+    """
     before = recent.shape[1]
-    starts = torch.as_tensor(cu_seqlens, device=x.device)
-    ends, starts = starts[1:], starts[:-1]
+    starts = torch.as_tensor(offsets, device=x.device)
+    ends = starts[1:]
     rows = torch.cat([recent.flatten(0, 1), x[0]])
 
     def row(sequence: Tensor, place: Tensor) -> Tensor:
         """Where among the rows a place of a sequence is; what came before it has places from -before on."""
         in_x = recent.shape[0] * before + starts[sequence] + place
-        return torch.where(place >= 0, in_x, before * (sequence + 1) + place)
+        found = torch.where(place >= 0, in_x, before * (sequence + 1) + place)
+        return found.clamp(0, rows.shape[0] - 1)
 
     token = torch.arange(x.shape[1], device=x.device)
     sequence = torch.searchsorted(ends, token, right=True)
@@ -385,5 +394,5 @@ def _convolve_packed(
     y = sum(tap * rows[row(sequence, place + i - before)] for i, tap in enumerate(taps.unbind()))
     assert isinstance(y, Tensor)
     every = torch.arange(recent.shape[0], device=x.device)[:, None]
-    last = (ends - starts)[:, None] + torch.arange(-before, 0, device=x.device)
+    last = starts.diff()[:, None] + torch.arange(-before, 0, device=x.device)
     return y[None], rows[row(every, last)]

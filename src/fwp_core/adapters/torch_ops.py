@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 
 from .. import _core
 from ..feature_maps import Parameters
-from .torch_autograd import Fold, refuse_forward_mode
-from .torch_call import STEPS, Call, Inputs, no_gradient, repeated
+from .torch_autograd import Fold, refuse_batched, refuse_forward_mode
+from .torch_call import KERNELS, STEPS, Call, Inputs, no_gradient, repeated, wide
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g"
 _OPTIONS = (
@@ -32,12 +32,36 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
     _refuse_tangents()
+    _check_shapes(*arguments)
     (q, k, v), cu_seqlens, options = arguments[:3], arguments[6], arguments[7:]
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     heads = max(q.shape[2], k.shape[2], v.shape[2])
     state = (sequences, heads, Parameters(*options[1:5]).dim(q.shape[3]), v.shape[3] + options[6])
-    state_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    return v.new_empty((*v.shape[:2], heads, v.shape[3])), v.new_empty(state, dtype=state_dtype)
+    return v.new_empty((*v.shape[:2], heads, v.shape[3])), v.new_empty(state, dtype=wide(v))
+
+
+def _check_shapes(*arguments: Any) -> None:
+    """Make the checks of a call without its values, where sizes are known.
+
+    Not for the compiler, which would wrap the error: what it compiled makes them when it runs.
+    """
+    inputs, cu_seqlens = arguments[:6], arguments[6]
+    rule, kind, nu, map_eps, projection, *options = arguments[7:]
+    tensors = [x for x in (*inputs, cu_seqlens, projection) if x is not None]
+    symbolic = any(type(size) is not int for x in tensors for size in x.shape)
+    if symbolic or torch._guards.TracingContext.try_get() is not None:
+        return
+    *arrays, initial_state = map(_abstract, inputs)
+    feature_map = _feature_map(kind, nu, map_eps, _abstract(projection))
+    # Any offsets of this number that are good.
+    offsets = None
+    if cu_seqlens is not None:
+        offsets = [0, *[inputs[0].shape[1]] * cu_seqlens.shape[0]][: cu_seqlens.shape[0]]
+    KERNELS[rule][0](*arrays, feature_map, *options, initial_state, offsets, None, None, False)
+
+
+def _abstract(x: Tensor | None) -> _core.AbstractArray | None:
+    return x if x is None else _core.AbstractArray(tuple(x.shape), str(x.dtype).removeprefix("torch."))
 
 
 def _backward(do: Tensor | None, dfinal_state: Tensor | None, *arguments: Any) -> list[Tensor]:
@@ -72,7 +96,7 @@ def _parse(arguments: tuple[Any, ...]) -> tuple[Inputs, Call]:
     return inputs, Call(*(rule, _feature_map(*parameters[:4]), *parameters[4:], cu_seqlens))
 
 
-def _feature_map(kind: int, nu: int, eps: float, projection: Tensor | None) -> _core.FeatureMap | None:
+def _feature_map(kind: int, nu: int, eps: float, projection: Any) -> _core.FeatureMap | None:
     return _core.FeatureMap(kind, nu, eps, projection) if kind else None
 
 
@@ -99,6 +123,7 @@ def _gradients(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None) -> tupl
 
 
 def _forward_vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+    refuse_batched("cu_seqlens", in_dims[6] is not None)
     fold = Fold(info.batch_size, arguments[6] is not None)
     folded = fold.inputs(arguments[:6], in_dims[:6])
     o, final_state = scan(*folded, _repeated(arguments[6], fold.size, folded), *arguments[7:])

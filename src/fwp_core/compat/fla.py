@@ -4,30 +4,34 @@
 
 Signatures, defaults, layouts and returns are fla's; the arithmetic is :func:`fwp_core.torch.delta_rule` and
 :func:`fwp_core.torch.linear_attention`, so ``chunk_`` and ``fused_recurrent_`` functions of one name are one
-function, and all of them are differentiable. The rules that hold for every function:
+computation, and all of them are differentiable. The rules that hold for every function:
 
-- q, k are [B,T,H,K] and v is [B,T,HV,V], of one dtype; HV is a multiple of H. o has their dtype, all sums
-  and the states are float32 (float64 for float64). Gates and strengths may have another dtype.
+- q, k are [B,T,H,K] and v is [B,T,HV,V], of one dtype, under ``torch.autocast`` too; HV is a multiple of H.
+  o has their dtype, all sums and the states are float32 (float64 for float64). Gates, strengths and states
+  may have another floating point dtype.
 - ``scale`` is 1 / sqrt(K) unless given.
 - ``initial_state`` is [N,HV,K,V], [N,HV,V,K] with ``state_v_first``; N is B, or with ``cu_seqlens`` (B = 1)
   the number of packed sequences. The final state has that shape; it is None unless ``output_final_state``.
-- ``use_qk_l2norm_in_kernel`` divides rows x of q and k by sqrt(\\|x\\|^2 + 1e-6).
+- ``use_qk_l2norm_in_kernel`` divides rows x of q and k by sqrt(\\|x\\|^2 + 1e-6). As in fla they are rounded
+  to q's dtype then, but not by ``fused_recurrent_gated_delta_rule`` and ``fused_recurrent_kda``.
 - ``use_gate_in_kernel``: the log decay is -exp(A_log) softplus(g + dt_bias), or with ``lower_bound`` it is
   lower_bound sigmoid(exp(A_log) (g + dt_bias)). ``use_beta_sigmoid_in_kernel``: the strength is
   sigmoid(beta), doubled with ``allow_neg_eigval``.
 - Gates of value channels (``gv``, or beta [B,T,HV,V]) make every value channel a head of its own: exact, and
   slower; together with gates of key channels in memory of B T HV K V numbers.
 - What only concerns how a GPU computes has no effect: ``chunk_size``, ``chunk_indices``, ``cu_seqlens_cpu``,
-  ``disable_recompute``, ``safe_gate``, ``use_graph``, ``max_num_seqs``. As in fla, unknown keywords of a
-  function that takes ``**kwargs`` have none either.
+  ``disable_recompute``, ``safe_gate``, ``use_graph``, ``max_num_seqs``; values that fla refuses are
+  ArgumentErrors. As in fla, unknown keywords of a function that takes ``**kwargs`` have none either.
 - ``cp_context`` and ``return_intermediate_states`` are UnsupportedErrors; other errors are those of
   :func:`fwp_core.delta_rule`, ValueErrors where fla has ValueErrors.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,6 +40,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._core import ArgumentError, DTypeError, ShapeError, UnsupportedError
+from ..adapters.torch import check_options, offsets
+from ..adapters.torch_call import FLOATS, wide
 from ..torch import delta_rule, linear_attention
 
 __all__ = [
@@ -63,6 +69,7 @@ Result = tuple[Tensor, State]
 # What fla adds to the squared length of a row, and to the sum that normalised linear attention divides by.
 _NORM_EPS = 1e-6
 _SUM_EPS = 1e-10
+_POWERS = [2**n for n in range(32)]
 
 
 # DeltaNet
@@ -81,17 +88,13 @@ def chunk_delta_rule(
     cu_seqlens_cpu: Tensor | None = None,
     **kwargs: Any,
 ) -> Result:
-    """Run the delta rule; beta is [B,T,H]."""
-    _check_tensors(q, k, v, beta=beta, initial_state=initial_state)
-    return _run(
-        "delta",
-        _Inputs(q, k, v, beta),
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        l2norm=use_qk_l2norm_in_kernel,
-        others=kwargs,
+    """Run the delta rule; beta is [B,T,HV]."""
+    _refuse_head_first(kwargs)
+    _check_chunk_size(kwargs, 16, 32, 64)
+    heads, _, _ = _sizes(q, k, v)
+    _check("beta", beta, heads, needed=True)
+    return fused_recurrent_delta_rule(
+        q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
     )
 
 
@@ -106,8 +109,11 @@ def fused_recurrent_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Result:
-    """Run the delta rule; beta is [B,T,H] or [B,T,H,V], or None for 1."""
-    _check_tensors(q, k, v, beta=beta, initial_state=initial_state)
+    """Run the delta rule; beta is [B,T,HV] or [B,T,HV,V], or None for 1."""
+    heads, _, V = _sizes(q, k, v)
+    _check("beta", beta, heads, (*heads, V))
+    if use_qk_l2norm_in_kernel:
+        q, k = _rounded_l2norm(q), _rounded_l2norm(k)
     return _run(
         "delta",
         _Inputs(q, k, v, _strength(beta, v)),
@@ -115,7 +121,6 @@ def fused_recurrent_delta_rule(
         initial_state=initial_state,
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
-        l2norm=use_qk_l2norm_in_kernel,
     )
 
 
@@ -145,7 +150,15 @@ def chunk_gated_delta_rule(
 
     ``use_gate_in_kernel`` and its ``A_log`` [HV], ``dt_bias`` [HV] are keywords.
     """
+    state_v_first = _v_first(state_v_first, kwargs)
     _refuse(cp_context=cp_context)
+    _refuse_head_first(kwargs)
+    _check_chunk_size(kwargs, 16, 32, 64)
+    heads, _, _ = _sizes(q, k, v)
+    _check("g", g, heads, needed=True)
+    _check("beta", beta, heads, needed=True)
+    if use_qk_l2norm_in_kernel:
+        q, k = _rounded_l2norm(q), _rounded_l2norm(k)
     return fused_recurrent_gated_delta_rule(
         q,
         k,
@@ -155,12 +168,13 @@ def chunk_gated_delta_rule(
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=kwargs.get("use_gate_in_kernel", False),
+        A_log=kwargs.get("A_log"),
+        dt_bias=kwargs.get("dt_bias"),
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         allow_neg_eigval=allow_neg_eigval,
         state_v_first=state_v_first,
         cu_seqlens=cu_seqlens,
-        **kwargs,
     )
 
 
@@ -189,8 +203,12 @@ def fused_recurrent_gated_delta_rule(
 
     beta is [B,T,HV] or [B,T,HV,V], or None for 1; A_log and dt_bias are [HV].
     """
-    gates = {"g": g, "gk": gk, "gv": gv, "A_log": A_log, "dt_bias": dt_bias}
-    _check_tensors(q, k, v, **gates, beta=beta, initial_state=initial_state)
+    state_v_first = _v_first(state_v_first, kwargs)
+    heads, K, V = _sizes(q, k, v)
+    _check("g", g, heads)
+    _check("gk", gk, (*heads, K))
+    _check("gv", gv, (*heads, V))
+    _check("beta", beta, heads, (*heads, V))
     if use_gate_in_kernel:
         g = _gate(g, A_log, dt_bias)
     return _run(
@@ -202,7 +220,6 @@ def fused_recurrent_gated_delta_rule(
         cu_seqlens=cu_seqlens,
         l2norm=use_qk_l2norm_in_kernel,
         state_v_first=state_v_first,
-        others=kwargs,
     )
 
 
@@ -242,24 +259,34 @@ def chunk_kda(
 
     ``A_log`` [HV] and ``dt_bias`` [HV*K] of ``use_gate_in_kernel`` are keywords.
     """
+    state_v_first = _v_first(state_v_first, kwargs)
     _refuse(cp_context=cp_context, return_intermediate_states=return_intermediate_states)
+    _check_chunk_size(kwargs, 32, 64)
+    if safe_gate and use_gate_in_kernel and (lower_bound is None or not -5 <= lower_bound < 0):
+        raise ArgumentError(
+            f"lower_bound: expected a number in [-5, 0) with safe_gate=True, got {lower_bound}"
+        )
+    heads, _, _ = _sizes(q, k, v)
+    _check("beta", beta, heads, needed=True)
+    if use_qk_l2norm_in_kernel:
+        q, k = _rounded_l2norm(q), _rounded_l2norm(k)
     return fused_recurrent_kda(
         q,
         k,
         v,
         g,
         beta,
+        kwargs.get("A_log"),
+        kwargs.get("dt_bias"),
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         use_gate_in_kernel=use_gate_in_kernel,
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         allow_neg_eigval=allow_neg_eigval,
         lower_bound=lower_bound,
         state_v_first=state_v_first,
         cu_seqlens=cu_seqlens,
-        **kwargs,
     )
 
 
@@ -284,7 +311,10 @@ def fused_recurrent_kda(
     **kwargs: Any,
 ) -> Result:
     """Run Kimi Delta Attention; g is [B,T,HV,K], beta [B,T,HV] or [B,T,HV,V], A_log [HV], dt_bias [HV*K]."""
-    _check_tensors(q, k, v, g=g, beta=beta, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state)
+    state_v_first = _v_first(state_v_first, kwargs)
+    heads, K, V = _sizes(q, k, v)
+    _check("g", g, (*heads, K), needed=True)
+    _check("beta", beta, heads, (*heads, V), needed=True)
     if use_gate_in_kernel:
         g = _gate(g, A_log, dt_bias, lower_bound)
     return _run(
@@ -296,7 +326,6 @@ def fused_recurrent_kda(
         cu_seqlens=cu_seqlens,
         l2norm=use_qk_l2norm_in_kernel,
         state_v_first=state_v_first,
-        others=kwargs,
     )
 
 
@@ -333,13 +362,9 @@ def fused_recurrent_linear_attn(
     """Run linear attention.
 
     ``normalize`` divides o by scale q.z + 1e-10, z the sum of the keys so far (o is 0 where q.z = 0); the
-    first state may then be a pair of S and z [N,1,H,K], and the last is one, of which z is always there.
+    first state may then be a pair of S and z [N,1,HV,K], and the last is one, of which z is always there.
     """
-    first = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
-    if len(first) != 2:
-        raise ArgumentError(f"initial_state: expected a tensor or two in a tuple, got {len(first)} of them")
-    for x in first:
-        _check_tensors(q, k, v, initial_state=x)
+    (_, _, HV), K, V = _sizes(q, k, v)
     if not normalize:
         if isinstance(initial_state, tuple):
             raise ArgumentError("initial_state: expected a tensor with normalize=False, got a tuple")
@@ -352,14 +377,21 @@ def fused_recurrent_linear_attn(
             cu_seqlens=cu_seqlens,
             reverse=reverse,
         )
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    first = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
+    if len(first) != 2:
+        raise ArgumentError(f"initial_state: expected a tensor or two in a tuple, got {len(first)} of them")
+    cu_seqlens = _integers(cu_seqlens, q)
+    N = _sequences(q, cu_seqlens)
+    _check("initial_state", first[0], (N, HV, K, V))
+    _check("initial_state[1]", first[1], (N, 1, HV, K))
+    scale = _scale(scale, K)
     if not scale > 0:
         raise ArgumentError(f"scale: expected a positive number with normalize=True, got {scale}")
     o, joined = _run(
         "linear",
         _Inputs(q, k, v),
         scale=1.0,
-        initial_state=_with_key_sum(initial_state, k, v),
+        initial_state=_with_key_sum(*first, k, v),
         output_final_state=True,
         cu_seqlens=cu_seqlens,
         reverse=reverse,
@@ -388,7 +420,9 @@ def chunk_simple_gla(
     cu_seqlens_cpu: Tensor | None = None,
     **kwargs: Any,
 ) -> Result:
-    """Run linear attention with decay g [B,T,H] or g_gamma [H]."""
+    """Run linear attention with decay g [B,T,HV], g_gamma [HV], or the sum of both."""
+    _refuse_head_first(kwargs)
+    _check_chunk_size(kwargs)
     return fused_recurrent_simple_gla(
         q,
         k,
@@ -400,7 +434,6 @@ def chunk_simple_gla(
         output_final_state,
         state_v_first=state_v_first,
         cu_seqlens=cu_seqlens,
-        **kwargs,
     )
 
 
@@ -418,8 +451,11 @@ def fused_recurrent_simple_gla(
     cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> Result:
-    """Run linear attention with decay g [B,T,H], g_gamma [H], or the sum of both."""
-    _check_tensors(q, k, v, g=g, g_gamma=g_gamma, initial_state=initial_state)
+    """Run linear attention with decay g [B,T,HV], g_gamma [HV], or the sum of both."""
+    state_v_first = _v_first(state_v_first, kwargs)
+    heads, _, _ = _sizes(q, k, v)
+    _check("g", g, heads)
+    _check("g_gamma", g_gamma, heads[2:])
     if g_gamma is not None:
         g = _sum(g_gamma.expand(*q.shape[:2], -1), g)
     return _run(
@@ -431,7 +467,6 @@ def fused_recurrent_simple_gla(
         cu_seqlens=cu_seqlens,
         reverse=reverse,
         state_v_first=state_v_first,
-        others=kwargs,
     )
 
 
@@ -446,9 +481,9 @@ def chunk_retention(
     **kwargs: Any,
 ) -> Result:
     """Run retention: head h decays by 1 - 2^(-5-h)."""
-    return fused_recurrent_retention(
-        q, k, v, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **kwargs
-    )
+    _refuse_head_first(kwargs)
+    _check_chunk_size(kwargs)
+    return fused_recurrent_retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens)
 
 
 def fused_recurrent_retention(
@@ -464,8 +499,9 @@ def fused_recurrent_retention(
     **kwargs: Any,
 ) -> Result:
     """Run retention: head h decays by 1 - 2^(-5-h)."""
-    _check_tensors(q, k, v)
-    heads = torch.arange(q.shape[2], dtype=_wide(q), device=q.device)
+    state_v_first = _v_first(state_v_first, kwargs)
+    (_, _, HV), _, _ = _sizes(q, k, v)
+    heads = torch.arange(HV, dtype=wide(q), device=q.device)
     return fused_recurrent_simple_gla(
         q,
         k,
@@ -478,7 +514,6 @@ def fused_recurrent_retention(
         reverse,
         state_v_first,
         cu_seqlens,
-        **kwargs,
     )
 
 
@@ -494,7 +529,9 @@ def chunk_gla(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
 ) -> Result:
-    """Run gated linear attention with decay g [B,T,H,K]."""
+    """Run gated linear attention with decay g [B,T,HV,K]."""
+    heads, K, _ = _sizes(q, k, v)
+    _check("g", g, (*heads, K), needed=True)
     return fused_recurrent_gla(
         q,
         k,
@@ -523,8 +560,11 @@ def fused_recurrent_gla(
     cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> Result:
-    """Run gated linear attention with decays gk [B,T,H,K] of keys' and gv [B,T,H,V] of values' channels."""
-    _check_tensors(q, k, v, gk=gk, gv=gv, initial_state=initial_state)
+    """Run gated linear attention with decays gk [B,T,HV,K] of keys' and gv [B,T,HV,V] of values' channels."""
+    state_v_first = _v_first(state_v_first, kwargs)
+    heads, K, V = _sizes(q, k, v)
+    _check("gk", gk, (*heads, K))
+    _check("gv", gv, (*heads, V))
     return _run(
         "linear",
         _Inputs(q, k, v, g=gk, gv=gv),
@@ -534,7 +574,6 @@ def fused_recurrent_gla(
         cu_seqlens=cu_seqlens,
         reverse=reverse,
         state_v_first=state_v_first,
-        others=kwargs,
     )
 
 
@@ -569,16 +608,15 @@ def _run(
     l2norm: bool = False,
     reverse: bool = False,
     state_v_first: bool = False,
-    others: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Result:
     """Bring fla's arguments into the library's form, run the rule, and bring the results back."""
-    v_first = _v_first(state_v_first, others or {})
-    cu_seqlens = _integers(cu_seqlens)
-    state = _state(x, initial_state, cu_seqlens, v_first, options.get("attention_norm", False))
+    dtype = x.v.dtype
+    cu_seqlens = _integers(cu_seqlens, x.q)
+    state = _state(x, initial_state, cu_seqlens, state_v_first, options.get("attention_norm", False))
     if l2norm:
-        x = x._replace(q=_l2norm(x.q), k=_l2norm(x.k))
-    options["scale"] = x.k.shape[-1] ** -0.5 if scale is None else scale
+        x = x._replace(q=_l2norm(x.q), k=_l2norm(x.k), v=x.v.to(wide(x.v)))
+    options["scale"] = _scale(scale, x.k.shape[3])
 
     scan: _Scan = partial(_scan, rule, options)
     if x.gv is not None or (x.beta is not None and x.beta.ndim == 4):
@@ -587,17 +625,20 @@ def _run(
         scan = partial(_scan_reversed, scan)
     o, final_state = scan(x, state, cu_seqlens)
 
+    o = o.to(dtype)
     if not output_final_state:
         return o, None
-    return o, (final_state.transpose(-1, -2) if v_first else final_state).contiguous()
+    return o, (final_state.transpose(-1, -2) if state_v_first else final_state).contiguous()
 
 
 def _scan(
     rule: str, options: Mapping[str, Any], x: _Inputs, state: State, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    accepted = (x.q.dtype, _wide(x.q))
-    gates = (t if t is None or t.dtype in accepted else t.to(_wide(x.q)) for t in (x.beta, x.g))
-    return _RULES[rule](x.q, x.k, x.v, *gates, initial_state=state, cu_seqlens=cu_seqlens, **options)
+    accepted = (x.q.dtype, wide(x.q))
+    gates = (t if t is None or t.dtype in accepted else t.to(wide(x.q)) for t in (x.beta, x.g))
+    device = x.q.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        return _RULES[rule](x.q, x.k, x.v, *gates, initial_state=state, cu_seqlens=cu_seqlens, **options)
 
 
 def _scan_reversed(scan: _Scan, x: _Inputs, state: State, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -633,56 +674,90 @@ def _scan_value_channels(
     return o.reshape(x.v.shape), final_state.reshape(N, H, V, K).transpose(2, 3)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """The dtype of sums."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _state(x: _Inputs, state: State, cu_seqlens: Tensor | None, v_first: bool, with_sum: bool) -> State:
     """The initial state [N,H,K,V], in the dtype of sums."""
     if state is None:
         return None
-    N = x.q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     K, V = x.k.shape[3], x.v.shape[3] + with_sum
-    _check_shape("initial_state", state, (N, x.v.shape[2], *((V, K) if v_first else (K, V))))
-    state = state.to(_wide(x.q))
+    shape = (_sequences(x.q, cu_seqlens), x.v.shape[2], *((V, K) if v_first else (K, V)))
+    _check("initial_state", state, shape)
+    state = state.to(wide(x.q))
     return state.transpose(-1, -2) if v_first else state
 
 
-def _integers(cu_seqlens: Any) -> Tensor | None:
-    """A tensor of one axis, whatever the integers came as."""
+def _integers(cu_seqlens: Any, q: Tensor) -> Tensor | None:
+    """A tensor, whatever the integers came as."""
     if cu_seqlens is None:
         return None
-    try:
-        integers = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.tensor(cu_seqlens)
-    except (TypeError, ValueError, RuntimeError):
-        raise DTypeError(f"cu_seqlens: expected integers, got {type(cu_seqlens).__name__}") from None
-    if integers.ndim != 1:
-        raise ShapeError(f"cu_seqlens: expected shape (N + 1,), got {tuple(integers.shape)}")
-    other = integers.is_floating_point() or integers.is_complex() or integers.dtype == torch.bool
-    return integers if other else integers.long()  # others are refused by the call
+    found = offsets(cu_seqlens, q)
+    return (found if isinstance(found, Tensor) else torch.tensor(found, device="cpu")).long()
 
 
-def _check_tensors(q: object, k: object, v: object, **others: object) -> None:
-    """That q, k and v are tensors with four axes, and the others tensors or None."""
-    for name, x in {"q": q, "k": k, "v": v, **others}.items():
-        if x is None and name in others:
-            continue
-        if not isinstance(x, Tensor):
-            raise DTypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-        if name not in others and x.ndim != 4:
+def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _scale(scale: Any, K: int) -> float:
+    if scale is None:
+        usual: float = float(K or 1) ** -0.5
+        return usual
+    check_options(None, None, scale)
+    if isinstance(scale, str) or not hasattr(scale, "__float__"):
+        raise DTypeError(f"scale: expected a number, got {type(scale).__name__}")
+    return float(scale)
+
+
+def _sizes(q: Any, k: Any, v: Any) -> tuple[tuple[int, int, int], int, int]:
+    """(B, T, HV), K and V of inputs that fit together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x)
+        if x.ndim != 4:
             raise ShapeError(f"{name}: expected shape (B, T, H, size), got {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise DTypeError(f"{name}: expected dtype {q.dtype}, as q has, got {x.dtype}")
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    if k.shape != q.shape:
+        raise ShapeError(f"k: expected shape {tuple(q.shape)}, as q has, got {tuple(k.shape)}")
+    if v.shape[:2] != q.shape[:2] or (HV != H and (H * HV == 0 or HV % H)):
+        shape = f"({B}, {T}, HV, V), HV a multiple of H={H}"
+        raise ShapeError(f"v: expected shape {shape}, got {tuple(v.shape)}")
+    return (B, T, HV), K, V
 
 
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if x.shape != shape:
-        raise ShapeError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+def _check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise DTypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise DTypeError(f"{name}: expected dtype float32, float64, float16 or bfloat16, got {x.dtype}")
+
+
+def _check(name: str, x: Any, *shapes: tuple[int, ...], needed: bool = False) -> None:
+    """That x is a tensor of one of these shapes, or None unless it is needed."""
+    if x is None and not needed:
+        return
+    _check_tensor(name, x)
+    if x.shape not in shapes:
+        raise ShapeError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
+
+
+def _check_elements(name: str, x: Any, count: int) -> None:
+    """That x is None, or a tensor of that many elements: fla reads its memory, and asks for no shape."""
+    if x is None:
+        return
+    _check_tensor(name, x)
+    if x.numel() != count:
+        raise ShapeError(f"{name}: expected {count} elements, got shape {tuple(x.shape)}")
 
 
 def _l2norm(x: Tensor) -> Tensor:
-    wide = x.to(_wide(x))
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return torch.div(wide, torch.hypot(length, torch.full_like(length, _NORM_EPS**0.5))).to(x.dtype)
+    x = x.to(wide(x))
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.div(x, torch.hypot(length, torch.full_like(length, _NORM_EPS**0.5)))
+
+
+def _rounded_l2norm(x: Tensor) -> Tensor:
+    return _l2norm(x).to(x.dtype)
 
 
 def _sum(gate: State, other: State) -> State:
@@ -690,7 +765,7 @@ def _sum(gate: State, other: State) -> State:
     if gate is None or other is None:
         return other if gate is None else gate
     gate = gate if gate.ndim == other.ndim else gate.unsqueeze(-1)
-    return gate.to(_wide(gate)) + other.to(_wide(other))
+    return gate.to(wide(gate)) + other.to(wide(other))
 
 
 def _gate(g: State, A_log: State, dt_bias: State, lower_bound: float | None = None) -> Tensor:
@@ -699,11 +774,12 @@ def _gate(g: State, A_log: State, dt_bias: State, lower_bound: float | None = No
         raise ArgumentError("g: expected a tensor with use_gate_in_kernel=True, got None")
     if A_log is None and lower_bound is None:
         raise ArgumentError("A_log: expected a tensor with use_gate_in_kernel=True, got None")
-    wide = _wide(g)
-    x = g.to(wide)
+    _check_elements("A_log", A_log, g.shape[2])
+    _check_elements("dt_bias", dt_bias, math.prod(g.shape[2:]))
+    x = g.to(wide(g))
     if dt_bias is not None:
-        x = x + dt_bias.to(wide).reshape(g.shape[2:])
-    rate = None if A_log is None else A_log.to(wide).exp().reshape(-1, *[1] * (g.ndim - 3))
+        x = x + dt_bias.to(x.dtype).reshape(g.shape[2:])
+    rate = None if A_log is None else A_log.to(x.dtype).exp().reshape(-1, *[1] * (g.ndim - 3))
     if lower_bound is not None:
         return lower_bound * torch.sigmoid(x if rate is None else rate * x)
     assert rate is not None
@@ -717,35 +793,46 @@ def _strength(beta: State, v: Tensor, sigmoid: bool = False, doubled: bool = Fal
         beta = v.new_ones(v.shape[:3])
     if not sigmoid:
         return beta
-    beta = torch.sigmoid(beta.to(_wide(beta)))
+    beta = torch.sigmoid(beta.to(wide(beta)))
     return 2 * beta if doubled else beta
 
 
-def _with_key_sum(initial_state: Tensor | tuple[State, State] | None, k: Tensor, v: Tensor) -> State:
-    """S [N,H,K,V] and z [N,1,H,K] as the state [N,H,K,V+1] of normalised attention."""
-    state, z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
-    if state is None and z is None:
-        return None
+def _with_key_sum(state: State, z: State, k: Tensor, v: Tensor) -> State:
+    """S [N,HV,K,V] and z [N,1,HV,K] as the state [N,HV,K,V+1] of normalised attention."""
     if z is None:
-        assert state is not None
-        return F.pad(state.to(_wide(k)), (0, 1))
-    z = z.to(_wide(k)).squeeze(1).unsqueeze(3)
+        return state if state is None else F.pad(state.to(wide(k)), (0, 1))
+    z = z.to(wide(k)).squeeze(1).unsqueeze(3)
     if state is None:
         return F.pad(z, (v.shape[-1], 0))
     return torch.cat([state.to(z.dtype), z], -1)
 
 
-def _v_first(state_v_first: bool, others: Mapping[str, Any]) -> bool:
+# Keywords, and values that are none of fla's.
+
+
+def _v_first(state_v_first: bool, keywords: Mapping[str, Any]) -> bool:
     """Whether states are [V,K], by the older name of the option as well."""
-    if others.get("head_first"):
-        raise DeprecationWarning("head_first: expected [B,T,H,...] inputs without it, got True")
-    if "transpose_state_layout" not in others:
+    if "transpose_state_layout" not in keywords:
         return state_v_first
     if state_v_first:
         raise ArgumentError("transpose_state_layout: expected it or state_v_first, got both")
     message = "transpose_state_layout is deprecated and renamed to state_v_first"
-    warnings.warn(message, DeprecationWarning, stacklevel=4)
-    return bool(others["transpose_state_layout"])
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return bool(keywords["transpose_state_layout"])
+
+
+def _refuse_head_first(keywords: Mapping[str, Any]) -> None:
+    if keywords.get("head_first"):
+        raise DeprecationWarning("head_first: expected [B,T,H,...] inputs without it, got True")
+
+
+def _check_chunk_size(keywords: Mapping[str, Any], *sizes: int) -> None:
+    """That it is one of fla's: of these, or any power of 2."""
+    size = keywords.get("chunk_size")
+    if size is None or size in (sizes or _POWERS):
+        return
+    expected = f"one of {', '.join(map(str, sizes))}" if sizes else "a power of 2"
+    raise ArgumentError(f"chunk_size: expected {expected}, got {size!r}")
 
 
 def _refuse(**arguments: object) -> None:

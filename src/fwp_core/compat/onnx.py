@@ -116,7 +116,8 @@ def linear_attention(
         )
     output = o.reshape(*query.shape[:2], q_num_heads * v.shape[3])
     present_dtype = query.dtype if past_state is None else past_state.dtype
-    return output, final_state[:, ::group].astype(present_dtype, copy=False)
+    # Where heads of queries share a state, a copy: one of all heads would be kept alive.
+    return output, final_state[:, ::group].astype(present_dtype, copy=group > 1)
 
 
 @contextmanager

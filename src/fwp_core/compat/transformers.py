@@ -49,6 +49,7 @@ FUNCTIONS: dict[str, Function] = {
     "recurrent_kimi_delta_attention": fla.fused_recurrent_kda,
 }
 
+INPUTS = ("query", "key", "value")
 PACKED = ("cu_seqlens", "seq_idx")  # arguments that say where packed sequences begin
 
 Place = tuple[ModuleType, str]  # a function, by the name that its module has for it
@@ -79,19 +80,23 @@ def patch(*models: str) -> tuple[str, ...]:
         A name is not one of ``MODELS``.
     UnsupportedError
         The installed version has none of these models, or they do not have these functions.
+
+    Notes
+    -----
+    Nothing is patched where there is an error.
     """
-    for module in _modules(models):
-        for name, ours in FUNCTIONS.items():
-            if hasattr(module, name) and (module, name) not in _replaced:
-                original = getattr(module, name)
-                replacement = _on_cpu(ours, original)
-                setattr(module, name, replacement)
-                _replaced[module, name] = original, replacement
-    if not _replaced:
+    found = [(module, name) for module in _modules(models) for name in FUNCTIONS if hasattr(module, name)]
+    if not found:
         asked = ", ".join(models or MODELS)
         raise UnsupportedError(
             f"models: expected transformers to have the functions of {asked}, got none of them"
         )
+    for module, name in found:
+        if (module, name) not in _replaced:
+            original = getattr(module, name)
+            replacement = _on_cpu(FUNCTIONS[name], original)
+            setattr(module, name, replacement)
+            _replaced[module, name] = original, replacement
     return tuple(dict.fromkeys(module.__name__ for module, _ in _replaced))
 
 
@@ -118,13 +123,16 @@ def _restore(places: Iterable[Place]) -> None:
             setattr(module, name, original)
 
 
-def _modules(models: tuple[str, ...]) -> Iterator[ModuleType]:
-    import_module("transformers")
-    for model in models or MODELS:
+def _modules(models: tuple[str, ...]) -> list[ModuleType]:
+    for model in models:
         if model not in MODELS:
             raise ArgumentError(f"models: expected names out of {', '.join(MODELS)}, got {model!r}")
-        if find_spec(f"transformers.models.{model}"):
-            yield import_module(f"transformers.models.{model}.modeling_{model}")
+    import_module("transformers")
+    return [
+        import_module(f"transformers.models.{model}.modeling_{model}")
+        for model in models or MODELS
+        if find_spec(f"transformers.models.{model}")
+    ]
 
 
 def _on_cpu(ours: Function, original: Function) -> Function:
@@ -133,11 +141,13 @@ def _on_cpu(ours: Function, original: Function) -> Function:
 
     @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
-        arguments = dict(zip(names, args, strict=False), **kwargs)
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        wrong = len(arguments) < len(args) + len(kwargs) or not {*INPUTS} <= arguments.keys()
         packed = any(arguments.get(name) is not None for name in PACKED)
-        if packed or arguments["query"].device.type != "cpu":
+        if wrong or packed or arguments["query"].device.type != "cpu":
             return original(*args, **kwargs)
-        q, k, v = (arguments.pop(name) for name in ("query", "key", "value"))
+        arguments.pop("chunk_size", None)  # any is good there
+        q, k, v = (arguments.pop(name) for name in INPUTS)
         if q.dtype == k.dtype == v.dtype:
             return ours(q, k, v, **arguments)
         o, final_state = ours(q.float(), k.float(), v.float(), **arguments)
