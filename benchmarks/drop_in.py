@@ -2,9 +2,9 @@
 
 The two functions that a patch replaces, and the whole layer around them, at the sizes of Qwen3-Next-80B-A3B:
 16 heads of queries and keys, 32 of values, 128 x 128 each, width 2048. Each is measured before and after the
-patch by turns, in one process; a call that decodes is one of 64 tokens, each of which starts from the state that
-the one before has left. Times are medians; the ratio is the median of the ratios of neighbours, beside the least
-and the most. Results that differ by more than 1e-5, in L2 and all tensors in one row, end it.
+patch by turns, in one process; a call that decodes is one of 64 tokens, each of which starts from the state
+that the one before has left. Times are medians; the ratio is the median of the ratios of neighbours, beside
+the least and the most. Results that differ by more than 1e-5, in L2 and all tensors in one row, end it.
 """
 
 from __future__ import annotations

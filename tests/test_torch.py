@@ -488,10 +488,15 @@ def test_fake_tensors_are_checked(name, kind):
     arguments[name] = change(arguments[name])
     mode = FakeTensorMode()
     fake = {name: mode.from_tensor(x) for name, x in arguments.items()}
-    with mode, pytest.raises(error, match=message) as caught:
-        fwp.torch.delta_rule(**fake)
-    if name != "q":
-        assert str(caught.value).startswith(f"{name}:")
+    state = fake.pop("initial_state")
+    for key, call in (
+        ("initial_state", lambda: fwp.torch.delta_rule(**fake, initial_state=state)),
+        ("state", lambda: fwp.torch.delta_rule_step(**fake, state=state)),
+    ):
+        with mode, pytest.raises(error, match=message) as caught:
+            call()
+        if name != "q":
+            assert str(caught.value).startswith(f"{key if name == 'initial_state' else name}:")
 
 
 def test_fake_offsets_and_projections_are_checked():

@@ -41,15 +41,10 @@ def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_shapes(*arguments: Any) -> None:
-    """Make the checks of a call without its values, where sizes are known.
-
-    Not for the compiler, which would wrap the error: what it compiled makes them when it runs.
-    """
+    """Make the checks of a call without its values, where sizes are known."""
     inputs, cu_seqlens = arguments[:6], arguments[6]
     rule, kind, nu, map_eps, projection, *options = arguments[7:]
-    tensors = [x for x in (*inputs, cu_seqlens, projection) if x is not None]
-    symbolic = any(type(size) is not int for x in tensors for size in x.shape)
-    if symbolic or torch._guards.TracingContext.try_get() is not None:
+    if not _known(*inputs, cu_seqlens, projection):
         return
     *arrays, initial_state = map(_abstract, inputs)
     feature_map = _feature_map(kind, nu, map_eps, _abstract(projection))
@@ -58,6 +53,12 @@ def _check_shapes(*arguments: Any) -> None:
     if cu_seqlens is not None:
         offsets = [0, *[inputs[0].shape[1]] * cu_seqlens.shape[0]][: cu_seqlens.shape[0]]
     KERNELS[rule][0](*arrays, feature_map, *options, initial_state, offsets, None, None, False)
+
+
+def _known(*tensors: Tensor | None) -> bool:
+    """Whether all sizes are, and nobody compiles, who would wrap an error: compiled programs check again."""
+    sizes = (size for x in tensors if x is not None for size in x.shape)
+    return torch._guards.TracingContext.try_get() is None and all(type(size) is int for size in sizes)
 
 
 def _abstract(x: Tensor | None) -> _core.AbstractArray | None:
@@ -84,7 +85,13 @@ def _step(*arguments: Any) -> Tensor:
 
 
 def _step_shapes(*arguments: Any) -> Tensor:
-    q, k, v = arguments[:3]
+    inputs, indices = arguments[:6], arguments[6]
+    rule, kind, nu, map_eps, projection, *options = arguments[7:]
+    if _known(*inputs, indices, projection):
+        slots = None if indices is None else [-1] * indices.shape[0]  # which are good in any pool
+        feature_map = _feature_map(kind, nu, map_eps, _abstract(projection))
+        STEPS[rule](*map(_abstract, inputs), slots, feature_map, *options, None)
+    q, k, v = inputs[:3]
     heads = max(q.shape[-2], k.shape[-2], v.shape[-2])
     o: Tensor = v.new_empty((*v.shape[:-2], heads, v.shape[-1]))
     return o
