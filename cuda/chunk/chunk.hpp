@@ -13,7 +13,9 @@ bool serves(const Problem& p);
 // in `left` afterwards, and nothing of their outputs counts: the recurrent form does them again.
 size_t forward_workspace(const Problem& p);
 void forward(const Problem& p, void* workspace, int32_t* left, Queue& queue);
-// window: chunks of time that the backward has in memory at once; 0: as many as fit. No bit depends on it.
+// window: chunks of time that are in memory at once; 0: as many as fit. No bit depends on it.
+size_t forward_workspace(const Problem& p, int64_t window);
+void forward(const Problem& p, void* workspace, int32_t* left, Queue& queue, int64_t window);
 size_t backward_workspace(const Problem& p, int64_t window = 0);
 void backward(const Problem& p, void* workspace, int32_t* left, Queue& queue, int64_t window = 0);
 

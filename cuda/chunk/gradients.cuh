@@ -47,7 +47,6 @@ static_assert(sizeof(GradientShared<true, 128, 128>) <= 99 << 10, "what a block 
 
 // --- Scores: 16 tokens times the chunk's 64, by a warp ---
 
-constexpr int kBlocks = kChunk / 16;
 using Scores = float[kChunk / 8][4];
 
 // f(n, r, i, j) for the numbers [n][r] of a lane, which stand in row i and column j; rows from m on. What f loads by i
