@@ -1,15 +1,13 @@
 // Windows of time, the last first: forward from the state before the window, saving what the gradients need, back
-// through it, and then all its chunks at once. Memory grows with the window, not with time, and no bit depends on it.
-#include <algorithm>
-#include <cmath>
+// through it, and then all its chunks at once.
 #include <numeric>
 
 #include "backward.cuh"
+#include "windows.cuh"
 
 namespace fwp::cuda::chunk {
 namespace {
 
-constexpr size_t kWindowBytes = size_t{256} << 20;
 constexpr int kThreads = 128;
 
 Backward take(Arena& arena, const Problem& p, const Window& window, int32_t* left) {
@@ -23,6 +21,7 @@ Backward take(Arena& arena, const Problem& p, const Window& window, int32_t* lef
   with_size(p.K, [&](auto channels) {
     x.S = SavedStates::take(arena, n, columns, channels());
     x.D = SavedStates::take(arena, n, columns, channels());
+    if (p.decay == Decay::channel) x.products = Products::take(arena, p, n, value_tiles(p), channels());
   });
   if (p.rule == Rule::delta) {
     x.E = SavedRows::take(arena, n, columns);
@@ -32,42 +31,9 @@ Backward take(Arena& arena, const Problem& p, const Window& window, int32_t* lef
   x.dk = Parts::take(arena, p, window, p.k, p.dk, value_tiles(p), p.K);
   x.dv = Parts::take(arena, p, window, p.v, p.dv, 1, p.V);
   x.dbeta = Parts::take(arena, p, window, p.beta, p.dbeta, value_tiles(p), 1);
-  x.dg = Parts::take(arena, p, window, p.g, p.dg, value_tiles(p), 1);
+  x.dg = Parts::take(arena, p, window, p.g, p.dg, value_tiles(p), p.decay == Decay::channel ? p.K : 1);
   return x;
 }
-
-// The longest windows that fit, or those that are asked for. Where not even those fit that are as long as there are
-// windows, these: then states carried between windows take about as much as what a window holds.
-int64_t slots_of_window(const Problem& p, int64_t asked) {
-  if (asked > 0) return std::min(slots_of_axis(p), asked);
-  Arena one(nullptr);
-  take(one, p, {0, 1}, nullptr);
-  const auto fit = static_cast<int64_t>(kWindowBytes / std::max(one.bytes(), size_t{1}));
-  const auto even = static_cast<int64_t>(std::sqrt(static_cast<double>(slots_of_axis(p)))) + 1;
-  return std::min(slots_of_axis(p), std::max(fit, even));
-}
-
-// What goes on from window to window, [windows - 1][axis][H][K][V]: states at first, adjoints of states at last.
-class Carried {
- public:
-  Carried(Arena& arena, const Problem& p, int64_t windows)
-      : windows_(windows), view_{nullptr, p.H * p.K * p.V, p.K * p.V, p.V}, size_(axes(p) * view_.n) {
-    numbers_ = arena.take<float>((windows - 1) * size_);
-  }
-  States before(int64_t window) const { return window > 0 ? at(window - 1) : States{}; }
-  States after(int64_t window) const { return window + 1 < windows_ ? at(window) : States{}; }
-
- private:
-  States at(int64_t i) const {
-    States states = view_;
-    states.data = numbers_ + i * size_;
-    return states;
-  }
-  int64_t windows_;
-  States view_;
-  int64_t size_;
-  float* numbers_;
-};
 
 // Adds up a chunk's parts of a gradient: those of the tiles of a head, head by head. Grid: slots of all axes, rows of
 // heads.
@@ -112,11 +78,15 @@ void add_all_parts(const Backward& x, Queue& queue) {
   add(p.dg, x.dg);
 }
 
+int64_t slots_of_backward(const Problem& p, int64_t asked) {
+  return slots_of_window(p, asked, [&](Arena& arena, const Window& window) { take(arena, p, window, nullptr); });
+}
+
 }  // namespace
 
 size_t backward_workspace(const Problem& p, int64_t window) {
   Arena arena(nullptr);
-  const int64_t slots = slots_of_axis(p), count = slots_of_window(p, window);
+  const int64_t slots = slots_of_axis(p), count = slots_of_backward(p, window);
   take(arena, p, {0, count}, nullptr);
   Carried(arena, p, (slots + count - 1) / count);
   return arena.bytes();
@@ -126,7 +96,7 @@ void backward(const Problem& problem, void* workspace, int32_t* left, Queue& que
   Problem p = problem;
   p.hT = {};
   Arena arena(workspace);
-  const int64_t slots = slots_of_axis(p), count = slots_of_window(p, window), windows = (slots + count - 1) / count;
+  const int64_t slots = slots_of_axis(p), count = slots_of_backward(p, window), windows = (slots + count - 1) / count;
   Backward x = take(arena, p, {0, count}, left);
   const Carried carried(arena, p, windows);
   clear_left(p, left, queue);
@@ -160,21 +130,30 @@ void backward(const Problem& problem, void* workspace, int32_t* left, Queue& que
 
 size_t adjoint_workspace(const Problem& p) {
   Arena arena(nullptr);
-  Prepared::take(arena, p, all_slots(p));
+  const int64_t slots = slots_of_axis(p), count = slots_of_scan(p, 0);
+  Prepared::take(arena, p, {0, count});
+  Carried(arena, p, (slots + count - 1) / count);
   return arena.bytes();
 }
 
 void adjoint(const Problem& p, void* workspace, int32_t* left, Queue& queue) {
   Arena arena(workspace);
+  const int64_t slots = slots_of_axis(p), count = slots_of_scan(p, 0), windows = (slots + count - 1) / count;
   Backward x;
   x.p = p;
   x.p.dv = {};
-  x.window = all_slots(p);
+  x.window = {0, count};
   x.prepared = Prepared::take(arena, p, x.window);
   x.left = left;
+  const Carried carried(arena, p, windows);
   clear_left(p, left, queue);
-  prepare(p, x.window, x.prepared, left, queue);
-  run_reverse_scan(x, queue);
+  for (int64_t i = windows - 1; i >= 0; --i) {
+    x.window.begin = i * count;
+    x.before = carried.before(i);
+    x.after = carried.after(i);
+    prepare(p, x.window, x.prepared, left, queue);
+    run_reverse_scan(x, queue);
+  }
 }
 
 }  // namespace fwp::cuda::chunk

@@ -35,6 +35,34 @@ struct Parts {
   }
 };
 
+// With decays of channels, all products over value columns, by place and value tile.
+struct Products {
+  float *pairs = nullptr, *states = nullptr, *sums = nullptr;
+  int64_t tiles = 1, rules = 1;  // 2: where the rule predicts
+  int channels = 0;
+
+  struct At {
+    float *z, *y;                       // [64][64]  scale <dO_i, E_j>, -<dE_i, E_j>, j <= i
+    float *reads_q, *writes, *reads_k;  // [64][channels]  scale S0 dO_i, D E_i, -S0 dE_i
+    float* carried;                     // [channels]  <S0, D>
+  };
+
+  static Products take(Arena& arena, const Problem& p, int64_t places, int64_t tiles, int channels) {
+    const int64_t n = places * tiles, rules = p.rule == Rule::delta ? 2 : 1;
+    return {arena.take<float>(n * rules * kChunk * kChunk),
+            arena.take<float>(n * (1 + rules) * kChunk * channels),
+            arena.take<float>(n * channels),
+            tiles,
+            rules,
+            channels};
+  }
+  FWP_DEVICE At of(int64_t place, int64_t tile) const {
+    const int64_t n = place * tiles + tile, rows = int64_t{kChunk} * channels;
+    float *const pair = pairs + n * rules * kChunk * kChunk, *const state = states + n * (1 + rules) * rows;
+    return {pair, pair + kChunk * kChunk, state, state + rows, state + 2 * rows, sums + n * channels};
+  }
+};
+
 // The backward of a window of time. Adjoints of states go on outside of it as states do (scan.cuh).
 struct Backward {
   Problem p;
@@ -45,6 +73,7 @@ struct Backward {
   SavedStates S, D;  // the state before each chunk, the adjoint of the state after it
   SavedRows E, dE;   // where the rule predicts, the errors and their adjoints
   Parts dq, dk, dv, dbeta, dg;
+  Products products;
 };
 
 // Value columns of a block of the gradients.
@@ -54,5 +83,6 @@ inline int64_t value_tiles(const Problem& p) { return (p.V + value_tile(p) - 1) 
 // Back through a window; what all its chunks give. Files of their own, as run_states_scan: compilers take long.
 void run_reverse_scan(const Backward& x, Queue& queue);
 void run_gradients(const Backward& x, Queue& queue);
+void run_channel_gradients(const Backward& x, Queue& queue);
 
 }  // namespace fwp::cuda::chunk

@@ -14,7 +14,9 @@ bool serves(const Problem& p);
 // Without p.o only the states are computed.
 size_t forward_workspace(const Problem& p);
 void forward(const Problem& p, void* workspace, int32_t* left, Queue& queue);
-// window: chunks of time that the backward has in memory at once; 0: as many as fit. No bit depends on it.
+// window: chunks of time that are in memory at once; 0: as many as fit. No bit depends on it.
+size_t forward_workspace(const Problem& p, int64_t window);
+void forward(const Problem& p, void* workspace, int32_t* left, Queue& queue, int64_t window);
 size_t backward_workspace(const Problem& p, int64_t window = 0);
 void backward(const Problem& p, void* workspace, int32_t* left, Queue& queue, int64_t window = 0);
 // Of the gradients dh0 alone: no state is looked at.

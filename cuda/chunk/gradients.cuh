@@ -41,13 +41,13 @@ struct GradientShared {
   struct {
     Place q, k, beta, g;
   } results;
+  int32_t left;
 };
 
 static_assert(sizeof(GradientShared<true, 128, 128>) <= 99 << 10, "what a block can have on all architectures");
 
 // --- Scores: 16 tokens times the chunk's 64, by a warp ---
 
-constexpr int kBlocks = kChunk / 16;
 using Scores = float[kChunk / 8][4];
 
 // f(n, r, i, j) for the numbers [n][r] of a lane, which stand in row i and column j; rows from m on. What f loads by i
@@ -226,8 +226,8 @@ template <bool predicts, int D, int V>
 FWP_KERNEL void gradients(FWP_PARAMETER Backward x) {
   const Problem& p = x.p;
   const HeadChunk c = HeadChunk::at(p, x.window, block_index_x());
-  if (c.t0 >= c.s.length || load_global(x.left + c.n * p.H + c.h) != 0) return;
   auto& shared = *static_cast<GradientShared<predicts, D, V>*>(shared_memory());
+  if (c.t0 >= c.s.length || given_up(x.left + c.n * p.H + c.h, &shared.left)) return;
 
   const int64_t place = block_index_x(), tile = block_index_y(), first = tile * V;
   const int64_t last = first + V < p.V ? first + V : p.V;

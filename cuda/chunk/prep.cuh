@@ -5,6 +5,9 @@
 // with which the errors of a chunk follow from what its first state leaves unpredicted, E = T' R (scan.cuh). M stands
 // where diag(beta) M has stood since Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over
 // Sequence Length": so E itself comes out, beta = 0 or not, and the gradient through the inverse is one product.
+//
+// A decay of channels stands inside of M and of the rows that meet the state, so all in which it appears is made here
+// and the scans read it (channels.cu).
 #pragma once
 
 #include "../launch.hpp"
@@ -91,26 +94,44 @@ class Arena {
   size_t bytes_ = 0;
 };
 
-// What is left for the scans, by place.
-struct Prepared {
-  double* G = nullptr;    // [64]      log2 of the decay from before the chunk to after the token, with a decay
-  Half* T = nullptr;      // [64][64]  T', rows divided by their scales, for the delta rule
-  float* T_up = nullptr;  // [64]      the scales
+// Rows of float16 numbers, each divided by its scale: [places][64][columns].
+struct PreparedRows {
+  Half* numbers = nullptr;
+  float* up = nullptr;
 
-  static Prepared take(Arena& arena, const Problem& p, const Window& w) {
-    const int64_t tokens = places(p, w) * kChunk;
-    Prepared x;
-    if (p.decay != Decay::none) x.G = arena.take<double>(tokens);
-    if (p.rule == Rule::delta) x.T = arena.take<Half>(tokens * kChunk);
-    if (p.rule == Rule::delta) x.T_up = arena.take<float>(tokens);
-    return x;
+  static PreparedRows take(Arena& arena, int64_t tokens, int columns) {
+    return {arena.take<Half>(tokens * columns), arena.take<float>(tokens)};
   }
 };
+
+// What is left for the scans, by place.
+struct Prepared {
+  double* G = nullptr;  // [64]  log2 of the decay from before the chunk to after the token, with one for all channels
+  PreparedRows T;       // T', for the delta rule
+  // With a decay of channels, where C is what is left of the chunk after a token:
+  PreparedRows reads_q, reads_k, writes;  // e^G q, e^G k for the delta rule, e^C k
+  PreparedRows P;                         // P_ij = q_i . (k_j decayed from j to i), j <= i
+  float* decay = nullptr;                 // [channels] of the chunk
+
+  static Prepared take(Arena& arena, const Problem& p, const Window& w);
+};
+
+// Growth, as the sum of a chunk's gates above 0, up to which float16 operands are good enough.
+constexpr float kMostGrowth = 8;
 
 // Clears left [N][H].
 void clear_left(const Problem& p, int32_t* left, Queue& queue);
 // Sets it for heads that this form is not for: keys or gates that are not finite, growth.
 void prepare(const Problem& p, const Window& window, const Prepared& out, int32_t* left, Queue& queue);
+void prepare_channels(const Problem& p, const Window& window, const Prepared& out, int32_t* left, Queue& queue);
+
+// Whether a head was given up. One answer for all threads of a block, where others raise the flag meanwhile; the word
+// in shared memory has no other use.
+FWP_DEVICE bool given_up(const int32_t* flag, int32_t* word) {
+  if (thread_index() == 0) store_shared(word, load_global(flag));
+  sync_block();
+  return load_shared(word) != 0;
+}
 
 // Calls f with the number of columns of tiles that hold keys.
 template <class F>
@@ -120,5 +141,21 @@ void with_size(int64_t K, const F& f) {
   f(std::integral_constant<int, 128>());
 }
 constexpr int64_t kMostKeys = 128;
+
+inline Prepared Prepared::take(Arena& arena, const Problem& p, const Window& w) {
+  const int64_t tokens = places(p, w) * kChunk;
+  Prepared x;
+  if (p.decay == Decay::scalar) x.G = arena.take<double>(tokens);
+  if (p.rule == Rule::delta) x.T = PreparedRows::take(arena, tokens, kChunk);
+  if (p.decay != Decay::channel) return x;
+  x.P = PreparedRows::take(arena, tokens, kChunk);
+  with_size(p.K, [&](auto channels) {
+    x.reads_q = PreparedRows::take(arena, tokens, channels());
+    if (p.rule == Rule::delta) x.reads_k = PreparedRows::take(arena, tokens, channels());
+    x.writes = PreparedRows::take(arena, tokens, channels());
+    x.decay = arena.take<float>(places(p, w) * channels());
+  });
+  return x;
+}
 
 }  // namespace fwp::cuda::chunk

@@ -31,6 +31,7 @@ namespace fwp::cuda::chunk {
 #endif
 
 constexpr int kChunk = 64;  // tokens
+constexpr int kBlock = 16, kBlocks = kChunk / kBlock;
 
 FWP_DEVICE uint32_t bits_of(float x) {
   uint32_t bits;

@@ -44,6 +44,11 @@ const Gradients kGradients = {&Case::dq, &Case::dk, &Case::dv, &Case::dbeta, &Ca
 // Halves are rounded once, to 1.7e-3 as bfloat16; the rest is float16 operands.
 double tolerance(const Tensor& x) { return x.array.dtype() == DType::bf16 ? 2.5e-3 : 9e-4; }
 
+std::string text(const Options& is) {
+  return std::to_string(static_cast<int>(is.rule)) + std::to_string(static_cast<int>(is.decay)) + " T " +
+         std::to_string(is.T) + " K " + std::to_string(is.K) + " V " + std::to_string(is.V);
+}
+
 void check(const Case& x, double factor = 1) {
   const Expected y = expected(x, true);
   const std::vector<const Tensor*> want = {&y.dq, &y.dk, &y.dv, &y.dbeta, &y.dg, &y.dh0};
@@ -51,20 +56,16 @@ void check(const Case& x, double factor = 1) {
   for (size_t i = 0; i < want.size(); ++i) {
     const Tensor& got = x.*kGradients[i];
     const double e = error(got, *want[i]);
-    INFO(names[i]);
+    CAPTURE(std::string(names[i]));
     CHECK(e <= factor * tolerance(got));
+    if (std::getenv("SHOW") != nullptr) MESSAGE(text(x.options), " ", std::string(names[i]), " ", e);
   }
 }
 
-std::string text(const Options& is) {
-  return std::to_string(static_cast<int>(is.rule)) + std::to_string(static_cast<int>(is.decay)) + " T " +
-         std::to_string(is.T) + " K " + std::to_string(is.K) + " V " + std::to_string(is.V);
-}
-
-// Both rules, gated and not.
+// Both rules, every decay.
 void for_rules(Options options, const std::function<void(const Options&)>& f) {
   for (const Rule rule : {Rule::linear, Rule::delta})
-    for (const Decay decay : {Decay::none, Decay::scalar}) {
+    for (const Decay decay : {Decay::none, Decay::scalar, Decay::channel}) {
       options.rule = rule;
       options.decay = decay;
       CAPTURE(text(options));
@@ -106,13 +107,14 @@ TEST_CASE("gates of any strength, growth and resets") {
   const std::vector<std::vector<double>> gates = {
       {0}, {-0.1}, {-5}, {-20}, {-60}, {-1e4}, {-kInfinity}, {0.05}, {0, -20, -0.1, -kInfinity, -5, -100, -1, 0.3}};
   for (const auto& gate : gates)
-    for (const Rule rule : {Rule::linear, Rule::delta}) {
-      Options options = small();
-      options.rule = rule;
-      options.decay = Decay::scalar;
+    for_rules(small(), [&](const Options& options) {
+      if (options.decay == Decay::none) return;
       Case x(options);
-      for (int64_t t = 0; t < x.T; ++t) x.g.set(0, t, 0, 0, gate[static_cast<size_t>(t) % gate.size()]);
-      CAPTURE(text(options));
+      for (int64_t t = 0; t < x.T; ++t)
+        for (int64_t i = 0; i < x.g.n; ++i) {
+          const double g = gate[static_cast<size_t>(t + 3 * i) % gate.size()];
+          x.g.set(0, t, 0, i, g == 0.05 && options.decay == Decay::channel ? 0.035 : g);
+        }
       CAPTURE(gate[0]);
       CHECK(run(x) == none_of(x));
       check(x);
@@ -123,11 +125,13 @@ TEST_CASE("gates of any strength, growth and resets") {
         for (int64_t i = 0; i < x.K; ++i)
           size += std::abs(x.q.get(0, t, 0, i) * y.dq.get(0, t, 0, i)) +
                   std::abs(x.k.get(0, t, 0, i) * y.dk.get(0, t, 0, i));
-        const double g = x.g.get(0, t, 0, 0);
-        if (g < 0) CHECK(std::abs(x.dg.get(0, t, 0, 0) - y.dg.get(0, t, 0, 0)) <= 2e-3 * size * std::exp(g / 2));
-        if (g == -kInfinity) CHECK(x.dg.get(0, t, 0, 0) == 0);
+        for (int64_t i = 0; i < x.g.n; ++i) {
+          const double g = x.g.get(0, t, 0, i), dg = x.dg.get(0, t, 0, i);
+          if (g < 0) CHECK(std::abs(dg - y.dg.get(0, t, 0, i)) <= 2e-3 * size * std::exp(g / 2));
+          if (g == -kInfinity) CHECK(dg == 0);
+        }
       }
-    }
+    });
 }
 
 TEST_CASE("numbers of any range") {
@@ -135,16 +139,14 @@ TEST_CASE("numbers of any range") {
   for (const double keys : {1e-3, 1.0, 30.0})
     for (const double values : {1e-3, 1e3})
       for (const double adjoints : {1e-8, 1e4})
-        for (const Rule rule : {Rule::linear, Rule::delta}) {
-          Options options = small();
-          options.rule = rule;
-          options.decay = Decay::scalar;
+        for_rules(small(), [&](Options options) {
+          if (options.decay == Decay::none) return;
           options.scale = 0.3;
           Case x(options);
           const auto scale = [](Tensor& of, double factor) {
             for (int64_t i = 0; i < of.array.count(); ++i) of.array.set(i, factor * of.array.get(i));
           };
-          if (keys > 1 && rule == Rule::delta) continue;
+          if (keys > 1 && options.rule == Rule::delta) return;
           scale(x.k, keys);
           scale(x.q, 1 / keys);
           scale(x.v, values);
@@ -154,22 +156,24 @@ TEST_CASE("numbers of any range") {
           CAPTURE(keys);
           CAPTURE(values);
           CAPTURE(adjoints);
-          CAPTURE(text(options));
           CHECK(run(x) == none_of(x));
           check(x);
-        }
+        });
 }
 
 TEST_CASE("write strengths of 0 and 2, keys that are much alike") {
-  Options options = small();
-  options.decay = Decay::scalar;
-  Case x(options);
-  for (int64_t t = 0; t < x.T; ++t) {
-    x.beta.set(0, t, 0, 0, t % 3 == 0 ? 0 : t % 3 == 1 ? 2 : 1e-12);
-    for (int64_t i = 0; i < x.K; ++i) x.k.set(0, t, 0, i, 0.2 + 0.25 * x.k.get(0, t, 0, i));
+  for (const Decay decay : {Decay::scalar, Decay::channel}) {
+    Options options = small();
+    options.decay = decay;
+    CAPTURE(text(options));
+    Case x(options);
+    for (int64_t t = 0; t < x.T; ++t) {
+      x.beta.set(0, t, 0, 0, t % 3 == 0 ? 0 : t % 3 == 1 ? 2 : 1e-12);
+      for (int64_t i = 0; i < x.K; ++i) x.k.set(0, t, 0, i, 0.2 + 0.25 * x.k.get(0, t, 0, i));
+    }
+    CHECK(run(x) == none_of(x));
+    check(x, 2);
   }
-  CHECK(run(x) == none_of(x));
-  check(x, 2);
 }
 
 TEST_CASE("packed sequences, grouped heads, any layout and scale") {
@@ -275,37 +279,43 @@ TEST_CASE("no bit depends on the batch, the layout or the window") {
 }
 
 TEST_CASE("no bit depends on which thread is first") {
-  Options options = small();
-  options.decay = Decay::scalar;
-  Case forward(options);
-  run(forward);
-  for (const char* order : {"reverse", "random"}) {
-    Case other(options);
-    setenv("FWP_SIMT_ORDER", order, 1);
-    run(other);
-    unsetenv("FWP_SIMT_ORDER");
-    CHECK(numbers_of(other, 0, 0) == numbers_of(forward, 0, 0));
+  for (const Decay decay : {Decay::scalar, Decay::channel}) {
+    Options options = small();
+    options.decay = decay;
+    Case forward(options);
+    run(forward);
+    for (const char* order : {"reverse", "random"}) {
+      Case other(options);
+      setenv("FWP_SIMT_ORDER", order, 1);
+      run(other);
+      unsetenv("FWP_SIMT_ORDER");
+      CHECK(numbers_of(other, 0, 0) == numbers_of(forward, 0, 0));
+    }
   }
 }
 
 TEST_CASE("heads with data that are not finite are left, and others are as they were") {
   const Unchecked fast;
   Options options = small();
-  options.decay = Decay::scalar;
-  options.H = 3;
-  Case fine(options);
-  run(fine);
-  for (const double bad : {kNaN, kInfinity})
-    for (Tensor Case::* input :
-         {&Case::q, &Case::k, &Case::v, &Case::beta, &Case::g, &Case::d_o, &Case::h0, &Case::d_hT}) {
-      Case x(options);
-      (x.*input).set(0, 3, 1, 0, bad);
-      CHECK(run(x) == Left{0, 1, 0});
-      for (const int64_t h : {0, 2}) CHECK(numbers_of(x, 0, h) == numbers_of(fine, 0, h));
-    }
-  options.H = 4;
-  options.q_group = 2;
-  Case grouped(options);
-  grouped.v.set(0, 3, 2, 0, kNaN);
-  CHECK(run(grouped) == Left{0, 0, 1, 1});
+  for (const Decay decay : {Decay::scalar, Decay::channel}) {
+    options.decay = decay;
+    options.H = 3;
+    options.q_group = 1;
+    CAPTURE(text(options));
+    Case fine(options);
+    run(fine);
+    for (const double bad : {kNaN, kInfinity})
+      for (Tensor Case::* input :
+           {&Case::q, &Case::k, &Case::v, &Case::beta, &Case::g, &Case::d_o, &Case::h0, &Case::d_hT}) {
+        Case x(options);
+        (x.*input).set(0, 3, 1, 0, bad);
+        CHECK(run(x) == Left{0, 1, 0});
+        for (const int64_t h : {0, 2}) CHECK(numbers_of(x, 0, h) == numbers_of(fine, 0, h));
+      }
+    options.H = 4;
+    options.q_group = 2;
+    Case grouped(options);
+    grouped.v.set(0, 3, 2, 0, kNaN);
+    CHECK(run(grouped) == Left{0, 0, 1, 1});
+  }
 }

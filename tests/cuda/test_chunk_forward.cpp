@@ -29,13 +29,13 @@ struct Unchecked : Setting {
 };
 
 // Fills the outputs of a case; returns the flags of the heads that were given up.
-std::vector<int32_t> run(Case& x) {
+std::vector<int32_t> run(Case& x, int64_t window = 0) {
   const Problem p = x.problem();
-  std::vector<unsigned char> memory(chunk::forward_workspace(p) + 64, 0xff);
+  std::vector<unsigned char> memory(chunk::forward_workspace(p, window) + 64, 0xff);
   unsigned char* const workspace = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
   std::vector<int32_t> left(static_cast<size_t>(x.N * x.H), 7);
   cuda::Queue queue = x.queue({{memory.data(), memory.size(), true}, {left.data(), left.size() * 4, true}});
-  chunk::forward(p, workspace, left.data(), queue);
+  chunk::forward(p, workspace, left.data(), queue, window);
   return left;
 }
 
@@ -75,14 +75,14 @@ void check(Case& x, double error_o = 6e-4, double error_hT = 6e-4) {
   CHECK(o < std::hypot(few * error_o, rounding));
   CHECK(hT < few * error_hT);
   if (std::getenv("SHOW") != nullptr)
-    MESSAGE(int{is.rule == Rule::delta}, int{is.decay != Decay::none}, " T ", x.T, " K ", x.K, " V ", x.V, " o ", o,
+    MESSAGE(int{is.rule == Rule::delta}, static_cast<int>(is.decay), " T ", x.T, " K ", x.K, " V ", x.V, " o ", o,
             " hT ", hT);
 }
 
 template <class F>
 void with_rules(const F& f) {
   for (const Rule rule : {Rule::linear, Rule::delta})
-    for (const Decay decay : {Decay::none, Decay::scalar}) {
+    for (const Decay decay : {Decay::none, Decay::scalar, Decay::channel}) {
       Options is;
       is.rule = rule;
       is.decay = decay;
@@ -112,10 +112,10 @@ TEST_CASE("what it serves") {
   };
   CHECK(serves([](Problem&) {}));
   CHECK(serves([](Problem& p) { p.decay = Decay::scalar; }));
+  CHECK(serves([](Problem& p) { p.decay = Decay::channel; }));
   CHECK(serves([](Problem& p) { p.rule = Rule::linear; }));
   CHECK(serves([](Problem& p) { p.K = p.V = 128; }));
   CHECK(serves([](Problem& p) { p.V = 500; }));
-  CHECK_FALSE(serves([](Problem& p) { p.decay = Decay::channel; }));
   CHECK_FALSE(serves([](Problem& p) { p.dtype = DType::f32; }));
   CHECK_FALSE(serves([](Problem& p) { p.attention_norm = true; }));
   CHECK_FALSE(serves([](Problem& p) { p.K = 129; }));
@@ -154,7 +154,8 @@ TEST_CASE("sizes") {
         if (K >= 100 && V != 31 && V != 128) return;
         is.K = K;
         is.V = V;
-        is.T = T[i++ % 8];
+        const bool by_channel = is.decay == Decay::channel;
+        is.T = T[(by_channel ? i + 4 : i++) % 8];
         is.dtype = i % 3 == 0 ? DType::bf16 : DType::f16;
         is.seed = static_cast<unsigned>(i);
         Case x(is);
@@ -212,11 +213,12 @@ TEST_CASE("gates of every strength") {
       unit_keys(x);
       const double strengths[] = {0, -0.1, -5, -100, -1e4, -kInfinity, 0.02};
       std::mt19937 random(9);
-      for (int64_t t = 0; t < x.T; ++t) {
-        const double any = strengths[random() % 7];
-        const double g[] = {any, -5, -0.1, t % 50 == 33 ? -kInfinity : -0.01, 0.02};
-        x.g.set(0, t, 0, 0, g[kind]);
-      }
+      for (int64_t t = 0; t < x.T; ++t)
+        for (int64_t i = 0; i < x.g.n; ++i) {
+          const double any = strengths[random() % 7];
+          const double g[] = {any, -5, i % 2 == 0 ? -0.1 : -30, t % 50 == 33 + i % 3 ? -kInfinity : -0.01, 0.02};
+          x.g.set(0, t, 0, i, g[kind]);
+        }
       CAPTURE(kind);
       check(x, 1e-3, 1e-3);
     });
@@ -282,7 +284,7 @@ TEST_CASE("data that are not finite are left, and disturb nothing else") {
         const std::string name = what;
         Tensor& tensor = name == "q" ? x.q : name == "k" ? x.k : name == "v" ? x.v : name == "h0" ? x.h0 : x.beta;
         if (name == "g up")
-          for (int64_t t = 0; t < 64; ++t) x.g.set(1, t, 1, 0, 0.3);
+          for (int64_t t = 0; t < 64; ++t) x.g.set(1, t, 1, x.g.n - 1, 0.3);
         else if (name == "g")
           x.g.set(1, 40, 1, 0, bad);
         else
@@ -307,7 +309,7 @@ TEST_CASE("data that are not finite are left, and disturb nothing else") {
   });
 }
 
-TEST_CASE("bits do not depend on batch, heads, layout or packing") {
+TEST_CASE("bits do not depend on batch, heads, layout, packing or the window") {
   const Unchecked unchecked;
   with_rules([&](Options is) {
     is.N = 2;
@@ -347,6 +349,22 @@ TEST_CASE("bits do not depend on batch, heads, layout or packing") {
     Case packed(one);
     unit_keys(packed);
     compare(packed, 0, 1, 37);
+
+    for (const auto& offsets : {std::vector<int64_t>{}, {0, 70, 70, 200, 220}}) {
+      Options cut = is;
+      cut.T = 200;
+      cut.cu_seqlens = offsets;
+      Case whole(cut);
+      unit_keys(whole);
+      run(whole);
+      for (const int64_t window : {1, 2}) {
+        Case x_cut(cut);
+        unit_keys(x_cut);
+        run(x_cut, window);
+        CHECK(x_cut.o.array.bytes() == whole.o.array.bytes());
+        CHECK(x_cut.hT.array.bytes() == whole.hT.array.bytes());
+      }
+    }
   });
 }
 
