@@ -51,7 +51,7 @@ struct Problem {
   DType dtype = DType::f32;  // of q, k, v, o; accumulation and states are in accumulation(dtype)
   bool step = false;         // decoding: hT is h0, updated in place
   int64_t N = 0, T = 0, H = 0, K = 0, V = 0;
-  const int64_t* cu_seqlens = nullptr;     // N+1 offsets into the T axis of batch 0; nullptr: sequence n is batch n
+  const int64_t* cu_seqlens = nullptr;  // N+1 offsets into the T axis of batch 0; nullptr: sequence n is batch n
   // In kernels, where a back end lays the rows of all batches one after the other: the tokens of a batch; cu_seqlens
   // count those of all, and after them come the batches [N]. 0: not so.
   int64_t batch_tokens = 0;
