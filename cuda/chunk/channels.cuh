@@ -12,7 +12,7 @@
 namespace fwp::cuda::chunk {
 
 // As kMostGrowth, for rows that are rounded once more.
-constexpr float kMostChannelGrowth = 2.5f;
+constexpr float kMostChannelGrowth = 0.7f;
 
 // The pairs of blocks J < I, the place of their rows in a tile.
 constexpr int kPairs = kBlocks * (kBlocks - 1) / 2;

@@ -216,7 +216,8 @@ TEST_CASE("gates of every strength") {
       for (int64_t t = 0; t < x.T; ++t)
         for (int64_t i = 0; i < x.g.n; ++i) {
           const double any = strengths[random() % 7];
-          const double g[] = {any, -5, i % 2 == 0 ? -0.1 : -30, t % 50 == 33 + i % 3 ? -kInfinity : -0.01, 0.02};
+          const double g[] = {any, -5, i % 2 == 0 ? -0.1 : -30, t % 50 == 33 + i % 3 ? -kInfinity : -0.01,
+                              is.decay == Decay::channel ? 0.01 : 0.02};
           x.g.set(0, t, 0, i, g[kind]);
         }
       CAPTURE(kind);
