@@ -34,6 +34,8 @@ def isa(request):
 def emulated():
     """Skip the test where the CUDA back end is not the emulator, whose device memory is the host's."""
     state = fwp.show_config("dict")["cuda"]
+    if state not in ("emulated", "available") and os.environ.get("FWP_CUDA_PLUGIN"):
+        pytest.fail(f"FWP_CUDA_PLUGIN: expected a plugin that works, got one that is {state}")
     if state != "emulated":
         pytest.skip(f"CUDA is not emulated but {state}; FWP_CUDA_PLUGIN can name a plugin that is")
 
