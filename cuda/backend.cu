@@ -32,8 +32,6 @@ Outcome guarded(const Body& body) {
 
 // ---- memory that kernels may touch, for the emulator ----
 
-bool packed(const Problem& p) { return p.cu_seqlens != nullptr || p.device_cu_seqlens.data != nullptr; }
-
 struct Extent {
   int64_t below = 0, above = 0;  // in numbers, from the first one
   bool empty = false;

@@ -88,6 +88,8 @@ FWP_DEVICE void store_number(const Rows& rows, int64_t at, T x) {
 struct Sequence {
   int64_t b, begin, length;
 };
+inline bool packed(const Problem& p) { return p.cu_seqlens != nullptr || p.device_cu_seqlens.data != nullptr; }
+inline int64_t tokens_of_call(const Problem& p) { return packed(p) ? p.T : p.N * p.T; }
 FWP_DEVICE Sequence sequence(const Problem& p, int64_t n) {
   if (p.cu_seqlens == nullptr) return {n, 0, p.T};
   const int64_t begin = load_global(p.cu_seqlens + n), length = load_global(p.cu_seqlens + n + 1) - begin;

@@ -11,8 +11,6 @@
 namespace fwp::cuda::segments {
 namespace {
 
-bool packed(const Problem& p) { return p.cu_seqlens != nullptr || p.device_cu_seqlens.data != nullptr; }
-int64_t tokens(const Problem& p) { return packed(p) ? p.T : p.N * p.T; }  // of the call
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t columns(const Problem& p) { return p.V + (p.attention_norm ? 1 : 0); }  // of a state
 int64_t row(const Problem& p) { return over(columns(p), kPassColumns) * kPassColumns; }
@@ -42,8 +40,8 @@ int64_t length(const Problem& p) {
   const int64_t state_bytes = p.H * (2 * p.K * row(p) + numbers_of_A(p)) * 2 * item_size(accumulation(p.dtype));
   const int64_t most = std::min((delta ? 64 : 128) * p.N, (chunks ? kMostBytes : kMostBytes / 4) / state_bytes);
   int64_t length = shortest;
-  while (tokens(p) / length > most) length *= 2;
-  return tokens(p) / length >= kFewestSegments * p.N ? length : 0;
+  while (tokens_of_call(p) / length > most) length *= 2;
+  return tokens_of_call(p) / length >= kFewestSegments * p.N ? length : 0;
 }
 
 namespace {
@@ -81,7 +79,7 @@ struct Segments {
     static constexpr int64_t kNowhere = 0;  // counting memory is about packed sequences, too
     Problem x = p;
     x.batch_tokens = packed(p) ? 0 : p.T;
-    x.T = tokens(p);
+    x.T = tokens_of_call(p);
     x.N = table.count;
     x.cu_seqlens = table.offsets != nullptr ? table.offsets : &kNowhere;
     x.h0 = x.hT = x.d_hT = x.dh0 = {};

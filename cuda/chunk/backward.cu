@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "backward.cuh"
+#include "chunk.hpp"
 #include "windows.cuh"
 
 namespace fwp::cuda::chunk {
@@ -67,9 +68,8 @@ void add_all_parts(const Backward& x, Queue& queue) {
   const Problem& p = x.p;
   const auto add = [&](const Rows& rows, const Parts& parts) {
     if (parts.numbers == nullptr) return;
-    queue.run("chunk sums", add_parts,
-              {static_cast<unsigned>(axes(p) * x.window.count), static_cast<unsigned>(p.H / rows.group)}, kThreads, 0,
-              p, x.window, rows, parts);
+    queue.run("chunk sums", add_parts, {axes(p) * x.window.count, p.H / rows.group}, kThreads, 0, p, x.window, rows,
+              parts);
   };
   add(p.dq, x.dq);
   add(p.dk, x.dk);
@@ -124,17 +124,11 @@ void backward(const Problem& problem, void* workspace, int32_t* left, Queue& que
   }
 
   const int64_t bundle = std::lcm(std::lcm(p.q.group, p.k.group), p.v.group);
-  if (bundle > 1)
-    queue.run("chunk flags", leave_bundles, {static_cast<unsigned>(p.N * (p.H / bundle))}, kWarpSize, 0, left, bundle);
+  if (bundle > 1) queue.run("chunk flags", leave_bundles, {p.N * (p.H / bundle)}, kWarpSize, 0, left, bundle);
 }
 
-size_t adjoint_workspace(const Problem& p) {
-  Arena arena(nullptr);
-  const int64_t slots = slots_of_axis(p), count = slots_of_scan(p, 0);
-  Prepared::take(arena, p, {0, count});
-  Carried(arena, p, (slots + count - 1) / count);
-  return arena.bytes();
-}
+// The memory of a scan forward: what is prepared for a window, and what goes on from one to the next.
+size_t adjoint_workspace(const Problem& p) { return forward_workspace(p); }
 
 void adjoint(const Problem& p, void* workspace, int32_t* left, Queue& queue) {
   Arena arena(workspace);

@@ -4,7 +4,7 @@ namespace fwp::cuda::chunk {
 
 void run_channel_gradients(const Backward& x, Queue& queue) {
   const Problem& p = x.p;
-  const Grid grid{static_cast<unsigned>(places(p, x.window)), static_cast<unsigned>(value_tiles(p))};
+  const Grid grid{places(p, x.window), value_tiles(p)};
   const auto start = [&](auto predicts) {
     const auto multiply = [&](auto values) {
       queue.run("chunk products", multiply_values<predicts(), values()>, grid, kGradientThreads,

@@ -214,7 +214,7 @@ FWP_KERNEL void prepare_by_channel(FWP_PARAMETER Problem p, Window window, Prepa
 }  // namespace
 
 void prepare_channels(const Problem& p, const Window& window, const Prepared& out, int32_t* left, Queue& queue) {
-  const Grid grid{static_cast<unsigned>(places(p, window))};
+  const Grid grid{places(p, window)};
   with_size(p.K, [&](auto size) {
     const auto start = [&](auto predicts) {
       queue.run("chunk prepare", prepare_by_channel<size(), predicts()>, grid, kPrepThreads,

@@ -5,7 +5,7 @@ namespace fwp::cuda::chunk {
 void run_gradients(const Backward& x, Queue& queue) {
   const Problem& p = x.p;
   if (p.decay == Decay::channel) return run_channel_gradients(x, queue);
-  const Grid grid{static_cast<unsigned>(places(p, x.window)), static_cast<unsigned>(value_tiles(p))};
+  const Grid grid{places(p, x.window), value_tiles(p)};
   const auto start = [&](auto predicts, auto keys, auto values) {
     queue.run("chunk gradients", gradients<predicts(), keys(), values()>, grid, kGradientThreads,
               sizeof(GradientShared<predicts(), keys(), values()>), x);

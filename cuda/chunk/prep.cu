@@ -118,13 +118,12 @@ FWP_KERNEL void clear_flags(int32_t* flags, int64_t count) {
 
 void clear_left(const Problem& p, int32_t* left, Queue& queue) {
   const int64_t heads = p.N * p.H;
-  queue.run("chunk flags", clear_flags, {static_cast<unsigned>((heads + kClearThreads - 1) / kClearThreads)},
-            kClearThreads, 0, left, heads);
+  queue.run("chunk flags", clear_flags, {(heads + kClearThreads - 1) / kClearThreads}, kClearThreads, 0, left, heads);
 }
 
 void prepare(const Problem& p, const Window& window, const Prepared& out, int32_t* left, Queue& queue) {
   if (p.decay == Decay::channel) return prepare_channels(p, window, out, left, queue);
-  const Grid grid{static_cast<unsigned>(places(p, window))};
+  const Grid grid{places(p, window)};
   if (p.rule == Rule::delta)
     with_size(p.K, [&](auto size) {
       queue.run("chunk prepare", prepare_delta<size()>, grid, kPrepThreads, sizeof(PrepShared<size()>), p, window, out,

@@ -431,7 +431,7 @@ void with_variant(const Problem& p, const F& f) {
 template <bool output>
 void run_scan(const Scan& x, Queue& queue) {
   const Problem& p = x.p;
-  const Grid grid{static_cast<unsigned>((p.V + kValueTile - 1) / kValueTile * p.H * p.N)};
+  const Grid grid{(p.V + kValueTile - 1) / kValueTile * p.H * p.N};
   with_variant(p, [&](auto size, auto predicts, auto decays) {
     queue.run("chunk scan", scan<size(), predicts(), decays(), output>, grid, kScanThreads,
               sizeof(ScanShared<size(), decays()>), x);

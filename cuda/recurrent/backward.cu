@@ -6,8 +6,6 @@
 namespace fwp::cuda::recurrent {
 namespace {
 
-int64_t tokens(const Problem& p) { return packed(p) ? p.T : p.N * p.T; }  // of the call
-
 // Heads that share rows of some gradient with each other.
 int64_t heads_together(const Problem& p) {
   int64_t heads = 1;
@@ -28,12 +26,12 @@ Cut cut(const Problem& p) {
   Cut cut;
   cut.strips = std::max<int64_t>(1, std::min(p.N, (kEnoughBlocks + blocks - 1) / std::max<int64_t>(blocks, 1)));
   // As many checkpoints as states kept in the segments that are worked on; none for short sequences.
-  const double even = std::sqrt(static_cast<double>(block * (tokens(p) / cut.strips)));
+  const double even = std::sqrt(static_cast<double>(block * (tokens_of_call(p) / cut.strips)));
   const auto blocks_of_segment = static_cast<int64_t>(even) / block + 1;
   cut.segment = block * std::max<int64_t>(16, blocks_of_segment);
   const int64_t row_bytes = blocks * (2 * p.K + kColumns + 1 + gate_numbers(p)) * item_size(accumulation(p.dtype));
   const int64_t rows = kPartialBytes / std::max<int64_t>(row_bytes, 1);
-  cut.window = rows >= tokens(p) ? tokens(p) : std::max(rows / cut.strips - cut.segment, cut.segment);
+  cut.window = rows >= tokens_of_call(p) ? tokens_of_call(p) : std::max(rows / cut.strips - cut.segment, cut.segment);
   return cut;
 }
 
@@ -46,7 +44,7 @@ BackwardPlan<T>::BackwardPlan(const Problem& p, const Cut& of, const int32_t* on
       tiles(forward.tiles),
       room(p, 2, sizeof(Adjoints<T>)),
       rows(of.window + of.segment),
-      whole(of.window >= tokens(p)) {
+      whole(of.window >= tokens_of_call(p)) {
   gradients[kQ] = {p.dq, nullptr, p.K, p.K, true};
   gradients[kK] = {p.dk, nullptr, p.K, p.K, true};
   gradients[kV] = {p.dv, nullptr, kColumns, p.V, false};
@@ -57,16 +55,16 @@ BackwardPlan<T>::BackwardPlan(const Problem& p, const Cut& of, const int32_t* on
   bool direct = true;
   for (int f = 0; f < kFields; ++f) direct = direct && groups[f] == 1 && (tiles == 1 || !gradients[f].tiles_share);
   if (direct) {  // nothing to add up: one window
-    cut.window = tokens(p);
+    cut.window = tokens_of_call(p);
     whole = true;
   }
-  const int64_t size = p.K * kTileRow, all = blocks(p), partial_rows = whole ? tokens(p) : cut.strips * rows;
+  const int64_t size = p.K * kTileRow, all = blocks(p), partial_rows = whole ? tokens_of_call(p) : cut.strips * rows;
   for (int f = 0; f < kFields; ++f) {
     Gradient<T>& gradient = gradients[f];
     if ((f == kBeta && p.beta.data == nullptr) || (groups[f] == 1 && (tiles == 1 || !gradient.tiles_share))) continue;
     gradient.partial = arena.take<T>(partial_rows * p.H * tiles * gradient.width);
   }
-  const int64_t slots = p.T > cut.segment ? Checkpoints<T>::slots(tokens(p), cut.segment) : 0;
+  const int64_t slots = p.T > cut.segment ? Checkpoints<T>::slots(tokens_of_call(p), cut.segment) : 0;
   checkpoints = {arena.take<T>(slots * p.H * tiles * size), cut.segment};
   forward.checkpoints = checkpoints;
   adjoints = arena.take<T>(whole ? 0 : all * size);
@@ -108,8 +106,8 @@ void backward(const Problem& p, const Cut& cut, void* workspace, const int32_t* 
                   threads(p), plan.room.shared_bytes(), p, plan, window);
       });
       if (adds)
-        queue.run("add_rows", add_rows<T>, {plan.whole ? tokens(p) : plan.cut.strips * plan.rows}, 128, 0, p, plan,
-                  window);
+        queue.run("add_rows", add_rows<T>, {plan.whole ? tokens_of_call(p) : plan.cut.strips * plan.rows}, 128, 0, p,
+                  plan, window);
     }
     if (p.attention_norm && p.dh0.data != nullptr) queue.run("add_z", add_z<T>, {p.N * p.H}, threads(p), 0, p, plan);
   });

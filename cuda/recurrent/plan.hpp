@@ -10,7 +10,6 @@
 
 namespace fwp::cuda::recurrent {
 
-inline bool packed(const Problem& p) { return p.cu_seqlens != nullptr || p.device_cu_seqlens.data != nullptr; }
 inline int64_t tiles(const Problem& p) { return std::max<int64_t>(1, (p.V + kColumns - 1) / kColumns); }
 inline int64_t warps(const Problem& p) {
   return std::min<int64_t>(std::max<int64_t>((p.K + kWarpSize - 1) / kWarpSize, 1), kMostWarps);

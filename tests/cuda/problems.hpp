@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
@@ -23,6 +24,37 @@ using fwp::States;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+constexpr Rule kRules[] = {Rule::linear, Rule::delta};
+constexpr Decay kDecays[] = {Decay::none, Decay::scalar, Decay::channel};
+constexpr DType kDTypes[] = {DType::f32, DType::f64, DType::f16, DType::bf16};
+
+// What the emulator does while this lives.
+class Emulator {
+ public:
+  explicit Emulator(bool check, const char* order = "forward") {
+    setenv("FWP_SIMT_CHECK", check ? "1" : "0", 1);
+    setenv("FWP_SIMT_ORDER", order, 1);
+  }
+  ~Emulator() {
+    unsetenv("FWP_SIMT_CHECK");
+    unsetenv("FWP_SIMT_ORDER");
+  }
+  Emulator(const Emulator&) = delete;
+  Emulator& operator=(const Emulator&) = delete;
+};
+
+// Sixty-four byte aligned, and full of NaN.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) : bytes_(bytes), numbers_(bytes / 8 + 8, kNaN) {}
+  void* data() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(numbers_.data()) + 63) / 64 * 64); }
+  fwp::cuda::Memory memory() { return {data(), bytes_, true}; }
+
+ private:
+  size_t bytes_;
+  std::vector<double> numbers_;
+};
 
 // Numbers of one dtype, read and written as double.
 class Array {

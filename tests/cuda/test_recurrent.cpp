@@ -1,7 +1,6 @@
 // The recurrent form under the emulator, against the recurrence in double.
 #include <doctest/doctest.h>
 
-#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <string>
@@ -13,37 +12,6 @@ using namespace problems;
 namespace recurrent = fwp::cuda::recurrent;
 
 namespace {
-
-constexpr Rule kRules[] = {Rule::linear, Rule::delta};
-constexpr Decay kDecays[] = {Decay::none, Decay::scalar, Decay::channel};
-constexpr DType kDTypes[] = {DType::f32, DType::f64, DType::f16, DType::bf16};
-
-// What the emulator does while this lives.
-class Emulator {
- public:
-  explicit Emulator(bool check, const char* order = "forward") {
-    setenv("FWP_SIMT_CHECK", check ? "1" : "0", 1);
-    setenv("FWP_SIMT_ORDER", order, 1);
-  }
-  ~Emulator() {
-    unsetenv("FWP_SIMT_CHECK");
-    unsetenv("FWP_SIMT_ORDER");
-  }
-  Emulator(const Emulator&) = delete;
-  Emulator& operator=(const Emulator&) = delete;
-};
-
-// Sixty-four byte aligned, and full of NaN.
-class Workspace {
- public:
-  explicit Workspace(size_t bytes) : bytes_(bytes), numbers_(bytes / 8 + 8, kNaN) {}
-  void* data() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(numbers_.data()) + 63) / 64 * 64); }
-  fwp::cuda::Memory memory() { return {data(), bytes_, true}; }
-
- private:
-  size_t bytes_;
-  std::vector<double> numbers_;
-};
 
 void run_forward(Case& x, const int32_t* only = nullptr, std::vector<fwp::cuda::Memory> more = {}) {
   const Problem p = x.problem();

@@ -13,34 +13,14 @@ namespace segments = fwp::cuda::segments;
 
 namespace {
 
-constexpr Rule kRules[] = {Rule::linear, Rule::delta};
-constexpr Decay kDecays[] = {Decay::none, Decay::scalar, Decay::channel};
-constexpr DType kDTypes[] = {DType::f32, DType::f64, DType::f16, DType::bf16};
-
-// What the emulator does while this lives.
-class Emulator {
- public:
-  explicit Emulator(bool check, const char* order = "forward") {
-    setenv("FWP_SIMT_CHECK", check ? "1" : "0", 1);
-    setenv("FWP_SIMT_ORDER", order, 1);
-  }
-  ~Emulator() {
-    unsetenv("FWP_SIMT_CHECK");
-    unsetenv("FWP_SIMT_ORDER");
-  }
-  Emulator(const Emulator&) = delete;
-  Emulator& operator=(const Emulator&) = delete;
-};
-
 // Forward and backward, each in a workspace full of NaN.
 void run(Case& x, int64_t length) {
   const Problem p = x.problem();
   for (const bool backward : {false, true}) {
     const size_t bytes = backward ? segments::backward_workspace(p, length) : segments::forward_workspace(p, length);
-    std::vector<double> memory(bytes / 8 + 8, kNaN);
-    void* const workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-    fwp::cuda::Queue queue = x.queue({{workspace, bytes, true}});
-    backward ? segments::backward(p, length, workspace, queue) : segments::forward(p, length, workspace, queue);
+    Workspace workspace(bytes);
+    fwp::cuda::Queue queue = x.queue({workspace.memory()});
+    (backward ? segments::backward : segments::forward)(p, length, workspace.data(), queue);
   }
 }
 

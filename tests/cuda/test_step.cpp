@@ -2,7 +2,6 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <string>
 
 #include "problems.hpp"
@@ -10,24 +9,13 @@
 
 using namespace fwp;
 using problems::Case;
+using problems::Emulator;
 using problems::Expected;
 using problems::Layout;
 using problems::Options;
 using problems::Tensor;
 
 namespace {
-
-// Sets the order of the emulator's threads, and whether it checks.
-struct Emulated {
-  explicit Emulated(const char* order, bool check = true) {
-    setenv("FWP_SIMT_ORDER", order, 1);
-    setenv("FWP_SIMT_CHECK", check ? "1" : "0", 1);
-  }
-  ~Emulated() {
-    unsetenv("FWP_SIMT_ORDER");
-    unsetenv("FWP_SIMT_CHECK");
-  }
-};
 
 std::string name(const Options& of) {
   return (of.rule == Rule::delta ? "delta" : "linear") + std::string(" decay ") +
@@ -86,7 +74,7 @@ TEST_CASE("a step is the recurrence, for every rule, decay and dtype, in any ord
       for (const Decay decay : {Decay::none, Decay::scalar, Decay::channel})
         for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16})
           for (const bool attention_norm : {false, true}) {
-            const Emulated emulated(order);
+            const Emulator emulator(true, order);
             Options of;
             of.rule = rule;
             of.decay = decay;
@@ -106,7 +94,7 @@ TEST_CASE("a step is the recurrence, for every rule, decay and dtype, in any ord
 }
 
 TEST_CASE("steps of any size") {
-  const Emulated emulated("random", false);
+  const Emulator emulator(false, "random");
   for (const DType dtype : {DType::f32, DType::f64, DType::bf16})
     for (const bool attention_norm : {false, true})
       for (const int64_t T : {0, 1, 3}) {
@@ -129,7 +117,7 @@ TEST_CASE("steps of any size") {
 }
 
 TEST_CASE("grouped heads, packed sequences and no batch") {
-  const Emulated emulated("forward");
+  const Emulator emulator(true);
   Options of;
   of.H = 6;
   of.T = 2;
@@ -149,7 +137,7 @@ TEST_CASE("grouped heads, packed sequences and no batch") {
 }
 
 TEST_CASE("layouts and the batch do not change a bit") {
-  const Emulated emulated("forward");
+  const Emulator emulator(true);
   for (const int64_t K : {24, 300}) {
     Options of;
     of.decay = Decay::scalar;
@@ -195,7 +183,7 @@ TEST_CASE("layouts and the batch do not change a bit") {
 }
 
 TEST_CASE("slots of states, in any order, and sequences without one") {
-  const Emulated emulated("reverse");
+  const Emulator emulator(true, "reverse");
   for (const bool attention_norm : {false, true}) {
     Options of;
     of.N = 3;
@@ -230,7 +218,7 @@ TEST_CASE("slots of states, in any order, and sequences without one") {
 }
 
 TEST_CASE("a reset forgets even NaN, and gates of any strength are as the recurrence has them") {
-  const Emulated emulated("forward");
+  const Emulator emulator(true);
   for (const int64_t K : {16, 300})
     for (const Decay decay : {Decay::scalar, Decay::channel})
       for (const bool attention_norm : {false, true}) {
@@ -256,7 +244,7 @@ TEST_CASE("a reset forgets even NaN, and gates of any strength are as the recurr
 }
 
 TEST_CASE("blind reads are zeros, whatever the state") {
-  const Emulated emulated("forward");
+  const Emulator emulator(true);
   for (const Rule rule : {Rule::linear, Rule::delta}) {
     Options of;
     of.rule = rule;
@@ -279,7 +267,7 @@ TEST_CASE("blind reads are zeros, whatever the state") {
 }
 
 TEST_CASE("what is not finite reaches what depends on it") {
-  const Emulated emulated("forward");
+  const Emulator emulator(true);
   for (const Rule rule : {Rule::linear, Rule::delta}) {
     Options of;
     of.rule = rule;
@@ -374,7 +362,7 @@ TEST_CASE("probes are those of the definition") {
     for (const Rule rule : {Rule::linear, Rule::delta})
       for (const Decay decay : {Decay::none, Decay::scalar, Decay::channel})
         for (const bool attention_norm : {false, true}) {
-          const Emulated emulated(order);
+          const Emulator emulator(true, order);
           Options of;
           of.rule = rule;
           of.decay = decay;
@@ -386,7 +374,7 @@ TEST_CASE("probes are those of the definition") {
           of.k_group = 2;
           check_diagnosis(of);
         }
-  const Emulated emulated("forward");
+  const Emulator emulator(true);
   Options of;
   of.attention_norm = true;
   of.dtype = DType::f64;
