@@ -139,15 +139,15 @@ constexpr int kMostMatrixThreads = 512;
 struct MatrixThreads {
   int rows, parts;
 
-  FWP_DEVICE static MatrixThreads of(int64_t K) {
+  static constexpr MatrixThreads of(int64_t K) {
     constexpr int kFewestNumbers = 8;  // of a part
     const int most =
         K < kMostMatrixThreads ? static_cast<int>((K + kWarpSize - 1) / kWarpSize) * kWarpSize : kMostMatrixThreads;
     const int parts = static_cast<int>((K + kFewestNumbers - 1) / kFewestNumbers);
     return {most, parts < kMostMatrixThreads / most ? parts : kMostMatrixThreads / most};
   }
-  FWP_DEVICE int threads() const { return rows * parts; }
-  FWP_DEVICE int sums() const { return threads() + 4; }  // of a column in shared memory; no bank conflicts
+  constexpr int threads() const { return rows * parts; }
+  constexpr int sums() const { return threads() + 4; }  // of a column in shared memory; no bank conflicts
 };
 
 template <class T>
