@@ -1,5 +1,6 @@
 """Profiles of property tests, fixtures for instruction sets and for an emulated device, needed packages."""
 
+import gc
 import os
 import re
 
@@ -46,6 +47,12 @@ ABSENT = re.compile(r"could not import '|has __version__ |fla is not installed|n
 
 def pytest_addoption(parser):
     parser.addoption("--interop", action="store_true", help="skips for want of a package are errors")
+
+
+def pytest_collection_finish():
+    """Many tests collect garbage; there is none among thousands of tests and the frameworks that they call."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session):

@@ -67,13 +67,17 @@ def source(sdist):
     """The tree that the sdist unpacks to."""
     with tarfile.open(sdist) as archive:
         archive.extractall(sdist.parent, filter="data")
-    return sdist.with_name(sdist.name.removesuffix(".tar.gz"))
+    tree = sdist.with_name(sdist.name.removesuffix(".tar.gz"))
+    with pytest.MonkeyPatch.context() as patch:
+        # A cache of compilers, where there is one, takes paths below this folder as relative.
+        patch.setenv("CCACHE_BASEDIR", str(tree))
+        yield tree
 
 
 @pytest.fixture(scope="session")
-def build_options(tmp_path_factory):
+def build_options(source):
     """One build folder for all that is built from the sdist, and one level: kernels are compiled once."""
-    folder = tmp_path_factory.mktemp("build")
+    folder = source / "build" / "all"
     defines = {"FWP_WERROR": "ON", "FWP_ISA_LEVELS": "base", "FWP_CUDA": "OFF"}
     return [
         "--no-build-isolation",

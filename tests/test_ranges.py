@@ -88,7 +88,7 @@ def test_a_large_state_that_only_decays(isa, gate):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
-@pytest.mark.parametrize("K", [1, 5, 9, 16])
+@pytest.mark.parametrize("K", [5, 16])
 @pytest.mark.parametrize(("reset", "t"), [(0, 2), (4, 2), (6, 2), (4, 5), (6, 6)])
 @pytest.mark.parametrize("name", ["q", "k", "v", "beta", "g", "initial_state", "do", "dfinal_state"])
 @pytest.mark.parametrize("attention_norm", [False, True])

@@ -53,10 +53,12 @@ def test_gradcheck(variant):
     assert torch.autograd.gradcheck(scan_of(case), present(tensors(case, True)))
 
 
+# By one direction of each input, or by all of them.
+@pytest.mark.parametrize("fast_mode", [True, pytest.param(False, marks=pytest.mark.slow)])
 @variants
-def test_gradgradcheck(variant):
+def test_gradgradcheck(variant, fast_mode):
     case = small(**VARIANTS[variant])
-    assert torch.autograd.gradgradcheck(scan_of(case), present(tensors(case, True)))
+    assert torch.autograd.gradgradcheck(scan_of(case), present(tensors(case, True)), fast_mode=fast_mode)
 
 
 def test_third_derivatives():

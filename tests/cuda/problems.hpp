@@ -29,6 +29,12 @@ constexpr Rule kRules[] = {Rule::linear, Rule::delta};
 constexpr Decay kDecays[] = {Decay::none, Decay::scalar, Decay::channel};
 constexpr DType kDTypes[] = {DType::f32, DType::f64, DType::f16, DType::bf16};
 
+// Whether all cases are wanted, which takes long, or a part of them that has every value of every option.
+inline bool every_case() {
+  const char* const wanted = std::getenv("FWP_EVERY_CASE");
+  return wanted != nullptr && *wanted == '1';
+}
+
 // What the emulator does while this lives.
 class Emulator {
  public:

@@ -15,19 +15,6 @@ namespace chunk = fwp::cuda::chunk;
 
 namespace {
 
-// An environment variable of the emulator while it lives.
-class Setting {
- public:
-  Setting(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
-  ~Setting() { unsetenv(name_); }
-
- private:
-  const char* name_;
-};
-struct Unchecked : Setting {
-  Unchecked() : Setting("FWP_SIMT_CHECK", "0") {}
-};
-
 // Fills the outputs of a case; returns the flags of the heads that were given up.
 std::vector<int32_t> run(Case& x, int64_t window = 0) {
   const Problem p = x.problem();
@@ -127,7 +114,7 @@ TEST_CASE("what it serves") {
 
 TEST_CASE("all options, checked, in every order") {
   for (const char* order : {"forward", "reverse", "random"}) {
-    const Setting setting("FWP_SIMT_ORDER", order);
+    const Emulator emulator(true, order);
     with_rules([&](Options is) {
       is.H = 2;
       is.k_group = 2;
@@ -145,7 +132,7 @@ TEST_CASE("all options, checked, in every order") {
 }
 
 TEST_CASE("sizes") {
-  const Unchecked unchecked;
+  const Emulator emulator(false);
   int64_t i = 0;
   for (const int64_t K : {1, 3, 31, 64, 100, 128})
     for (const int64_t V : {1, 3, 31, 64, 100, 128}) {
@@ -180,13 +167,13 @@ TEST_CASE("packed sequences, some of them empty") {
 }
 
 TEST_CASE("what may be absent, keys of float32, gates of float32") {
-  const Unchecked unchecked;
+  const Emulator emulator(false);
   with_rules([&](Options is) {
     is.h0 = false;
     is.beta = is.rule == Rule::delta;
     is.wide_keys = is.float_gates = true;
     is.q_group = 2;
-    is.H = 4;
+    is.H = 2;
     is.N = 2;
     is.scale = 3;
     for (const Layout layout : {Layout::bthk, Layout::gaps}) {
@@ -203,7 +190,7 @@ TEST_CASE("what may be absent, keys of float32, gates of float32") {
 }
 
 TEST_CASE("gates of every strength") {
-  const Unchecked unchecked;
+  const Emulator emulator(false);
   for (const int kind : {0, 1, 2, 3, 4})
     with_rules([&](Options is) {
       if (is.decay == Decay::none) return;
@@ -226,7 +213,7 @@ TEST_CASE("gates of every strength") {
 }
 
 TEST_CASE("strengths of 0 and 2, keys alike") {
-  const Unchecked unchecked;
+  const Emulator emulator(false);
   for (const double common : {0.0, 0.5, 0.9})
     for (const double beta : {0.0, 0.5, 1.0, 2.0})
       with_rules([&](Options is) {
@@ -244,7 +231,7 @@ TEST_CASE("strengths of 0 and 2, keys alike") {
 }
 
 TEST_CASE("data of every size") {
-  const Unchecked unchecked;
+  const Emulator emulator(false);
   with_rules([&](Options is) {
     is.dtype = DType::bf16;  // float16 has no room for some of these
     for (const double q : {1e-3, 1e3})
@@ -267,10 +254,10 @@ TEST_CASE("data of every size") {
 }
 
 TEST_CASE("data that are not finite are left, and disturb nothing else") {
-  const Unchecked unchecked;
+  const Emulator emulator(false);
   with_rules([&](Options is) {
     is.N = 2;
-    is.H = 3;
+    is.H = 2;
     is.T = 70;
     is.V = 48;
     Case clean(is);
@@ -280,6 +267,7 @@ TEST_CASE("data that are not finite are left, and disturb nothing else") {
       if (what[0] == 'g' && is.decay == Decay::none) continue;
       for (const double bad : {kNaN, kInfinity, -kInfinity}) {
         if (what[0] == 'g' && bad == -kInfinity) continue;
+        if (!every_case() && !std::isnan(bad) && (std::string(what) != "k" || is.rule == Rule::linear)) continue;
         Case x(is);
         unit_keys(x);
         const std::string name = what;
@@ -294,9 +282,9 @@ TEST_CASE("data that are not finite are left, and disturb nothing else") {
         CAPTURE(bad);
         const auto left = run(x);
         CHECK(given_up(left) == 1);
-        CHECK(left[1 * 3 + 1] == 1);
+        CHECK(left[1 * 2 + 1] == 1);
         for (int64_t n = 0; n < 2; ++n)
-          for (int64_t h = 0; h < 3; ++h) {
+          for (int64_t h = 0; h < 2; ++h) {
             if (n == 1 && h == 1) continue;
             bool same = true;
             for (int64_t t = 0; t < x.T; ++t)
@@ -311,7 +299,7 @@ TEST_CASE("data that are not finite are left, and disturb nothing else") {
 }
 
 TEST_CASE("bits do not depend on batch, heads, layout, packing or the window") {
-  const Unchecked unchecked;
+  const Emulator emulator(false);
   with_rules([&](Options is) {
     is.N = 2;
     is.H = 2;
@@ -351,8 +339,10 @@ TEST_CASE("bits do not depend on batch, heads, layout, packing or the window") {
     unit_keys(packed);
     compare(packed, 0, 1, 37);
 
+    if (!every_case() && is.decay != Decay::channel) return;  // others have windows in the backward alone
     for (const auto& offsets : {std::vector<int64_t>{}, {0, 70, 70, 200, 220}}) {
       Options cut = is;
+      cut.N = 1;
       cut.T = 200;
       cut.cu_seqlens = offsets;
       Case whole(cut);

@@ -246,23 +246,11 @@ std::vector<Case> cases(int64_t n) {
   return all;
 }
 
-// Sets the order of the emulator's threads, and whether it checks.
-struct Emulated {
-  explicit Emulated(const char* order, const char* check = "1") {
-    setenv("FWP_SIMT_ORDER", order, 1);
-    setenv("FWP_SIMT_CHECK", check, 1);
-  }
-  ~Emulated() {
-    unsetenv("FWP_SIMT_ORDER");
-    unsetenv("FWP_SIMT_CHECK");
-  }
-};
-
 }  // namespace
 
 TEST_CASE("features and gradients are those of the definition, in any order of threads") {
   for (const char* order : {"forward", "reverse", "random"}) {
-    const Emulated emulated(order);
+    const problems::Emulator emulator(true, order);
     for (const int64_t n : {1, 5, 33})
       for (const Case& c : cases(n)) {
         if (n == 1 && c.f.norm == Norm::sum && c.f.map == Map::none) continue;  // a constant
@@ -281,7 +269,7 @@ TEST_CASE("features and gradients are those of the definition, in any order of t
 }
 
 TEST_CASE("float32 features and gradients") {
-  const Emulated emulated("forward", "0");
+  const problems::Emulator emulator(false);
   for (const int64_t n : {1, 7, 32, 64, 100})
     for (const Case& c : cases(n)) {
       if (n == 1 && c.f.norm == Norm::sum && c.f.map == Map::none) continue;
@@ -301,7 +289,7 @@ TEST_CASE("float32 features and gradients") {
 }
 
 TEST_CASE("halves are float32 rounded once, whatever the layout") {
-  const Emulated emulated("random");
+  const problems::Emulator emulator(true, "random");
   for (const DType half : {DType::f16, DType::bf16})
     for (const Case& c : cases(9)) {
       CAPTURE(name(c));
@@ -335,7 +323,7 @@ TEST_CASE("halves are float32 rounded once, whatever the layout") {
 }
 
 TEST_CASE("a row does not know of the others") {
-  const Emulated emulated("forward", "0");
+  const problems::Emulator emulator(false);
   for (const Case& c : cases(6)) {
     CAPTURE(name(c));
     Run all(c, {3, 17, 2}, DType::f32, DType::f32, 0), one(c, {1, 1, 1}, DType::f32, DType::f32, 0);
