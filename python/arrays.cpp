@@ -335,6 +335,7 @@ void Array::follow(const Array* like) {
 }
 
 bool Array::compact() const {
+  if (std::find(shape_, shape_ + tensor_.ndim, 0) != shape_ + tensor_.ndim) return true;  // nothing is in any order
   int64_t stride = 1;
   for (int i = tensor_.ndim; i-- > 0; stride *= shape_[i])
     if (shape_[i] > 1 && strides_[i] != stride) return false;

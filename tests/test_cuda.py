@@ -3,6 +3,8 @@
 import copy
 import ctypes
 import gc
+import itertools
+import random
 import sys
 import types
 
@@ -32,7 +34,7 @@ from processes import run_python
 from producers import CPU, CUDA, CUDA_MANAGED, IS_COPIED, READ_ONLY, capsule_name, read
 from strategies import LAYOUTS, strided_last_axis
 from tolerances import DEVICE as TOLERANCE
-from tolerances import TENSOR_CORES, assert_bits_equal, relative_error
+from tolerances import KEYS_ALIKE, TENSOR_CORES, assert_bits_equal, relative_error
 from xla_frames import Runtime
 
 import fwp_core as fwp
@@ -314,6 +316,34 @@ def test_heads_that_chunks_give_up(rule):
     o = scan(there)[0].x[0, :, 1].astype(np.float32)
     assert np.isfinite(o[:40]).all()
     assert not np.isfinite(o[40:]).any(-1).all()
+
+
+# ---- the matrix of shapes and dtypes, of which a part is for every day ----
+
+SIZES = (1, 3, 31, 64, 100, 257)
+TIMES = (0, 1, 2, 15, 33, 64, 65, 130)
+EVERY_DAY = 29  # one of so many, which meets every value
+MATRIX = [
+    pytest.param(i, *values, marks=[pytest.mark.slow] * (i % EVERY_DAY > 0))
+    for i, values in enumerate(itertools.product(SIZES, SIZES, DTYPES, RULES, DECAYS))
+]
+
+
+@pytest.mark.parametrize(("seed", "K", "V", "dtype", "rule", "decay"), MATRIX)
+def test_any_shape(unchecked, seed, K, V, dtype, rule, decay):
+    draw = random.Random(seed).choice
+    T = draw([T for T in TIMES if T * K * V < 1e6])
+    heads = draw([(1, 1, 1), (2, 2, 2), (1, 2, 2), (2, 1, 1)] if K * V < 5000 else [(1, 1, 1)])
+    half = dtype in DTYPES[2:]
+    more = {
+        "lengths": draw([None, (T, 0, 3)]),
+        "gate_dtype": np.float32 if half else None,
+        "state": draw([False, True]),
+    }
+    case = make_case(rule, decay, B=1, T=T, heads=heads, K=K, V=V, dtype=dtype, **more)
+    there = moved(case.map(draw(LAYOUTS)))
+    tolerance = KEYS_ALIKE if half and K < 8 else TENSOR_CORES if half else 0.0
+    are_the_oracles(case, DeviceArray, there, tolerance)
 
 
 # ---- memory ----

@@ -211,6 +211,17 @@ def test_what_is_no_library_is_refused_in_the_loaders_words(tmp_path):
     assert state_with(tmp_path / "none.so") == f"{tmp_path / 'none.so'} not found"
 
 
+# kernels under the emulator
+
+
+@pytest.mark.slow
+def test_every_case_under_the_emulator(tmp_path):
+    run("cmake", "-S", ROOT, "--preset", "emulate", "-B", tmp_path)
+    run("cmake", "--build", tmp_path, "--target", "fwp_core_cuda", "tests/cuda/all")
+    every_case = ["env", "FWP_EVERY_CASE=1", "ctest", "--parallel", "2", "--output-on-failure"]
+    run(*every_case, "--test-dir", tmp_path / "tests" / "cuda")
+
+
 # the check, on a kernel that gets faults
 
 KERNEL = """

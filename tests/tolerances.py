@@ -29,6 +29,8 @@ TOLERANCE = {
 DEVICE = {"float32": 1e-5, "float64": 1e-12, "float16": 2.0**-8, "bfloat16": 2.0**-6}
 # States of halves, in float32, that tensor cores compute of float16 operands, each rounded twice at most.
 TENSOR_CORES = 2.0**-10
+# Keys of few entries are much alike, so that tokens write over each other, and their errors add up.
+KEYS_ALIKE = 2.0**-9
 
 # A feature, element by element: an exponential, the sum of such, and a division, at few units in the last
 # place each. The exponent of FAVOR is a difference, with as many units of its terms.
