@@ -50,7 +50,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_finish():
-    """Many tests collect garbage; there is none among thousands of tests and the frameworks that they call."""
+    """Many tests collect garbage; there is none among the tests and the frameworks that they call."""
     gc.collect()
     gc.freeze()
 
