@@ -244,12 +244,30 @@ def test_the_library_imports_no_jax():
 
 
 def test_registration_waits_for_the_first_call():
-    """Nothing is registered, and no backend started, by an import."""
+    """An import starts no backend and registers nothing; a call does, in this order.
+
+    A target that JAX refuses is an error of the call then, and the backend works on.
+    """
     pytest.importorskip("jax")
     code = """
-import jax, fwp_core.jax
+import jax, jax.numpy as jnp, fwp_core as fwp, fwp_core.jax
 from jax._src import xla_bridge
+def refuse(*arguments, **more):
+    assert xla_bridge._backends
+    raise RuntimeError("refused")
 assert not xla_bridge._backends
+register, jax.ffi.register_ffi_target = jax.ffi.register_ffi_target, refuse
+x = jax.ShapeDtypeStruct((1, 3, 1, 2), "float32")
+lower = lambda: jax.jit(fwp.linear_attention).lower(x, x, x)
+try:
+    lower()
+except RuntimeError as error:
+    assert str(error) == "refused"
+else:
+    raise AssertionError("registered by an import")
+assert jnp.ones(3).sum() == 3
+jax.ffi.register_ffi_target = register
+lower()
 print("right")
 """
     done = run_python(code)
