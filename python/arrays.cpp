@@ -233,7 +233,9 @@ void Array::read_foreign(const char* name, py::handle object, bool to_write, con
   object_ = py::reinterpret_borrow<py::object>(object);
   exchange_ = exchange_api(object);
   if (exchange_ == nullptr && !speaks_dlpack(object))
-    raise(FWP_DTYPE_ERROR, std::string(name) + ": expected an array, got " + type_name(object));
+    raise(FWP_DTYPE_ERROR, std::string(name) + ": expected an array" +
+                               (numpy::is_subclass(object) ? ", no subclass of numpy.ndarray" : "") + ", got " +
+                               type_name(object));
   kind_ = exchange_ != nullptr ? Kind::kExchange : Kind::kDlpack;
   if (exchange_ != nullptr && exchange_->borrow_from_object != nullptr && !to_write) {
     view(borrow(name, *exchange_, object));

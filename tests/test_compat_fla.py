@@ -838,6 +838,33 @@ def test_what_recurrent_functions_refuse(what):
     assert isinstance(caught.value, fwp.FwpError)
 
 
+@pytest.mark.parametrize("rule", ["delta_rule", "gated_delta_rule", "gla", "kda", "simple_gla"])
+def test_arguments_on_another_device_have_the_names_that_they_were_given_by(rule):
+    function = getattr(fla, f"fused_recurrent_{rule}")
+    channels = rule == "kda"
+    sizes = {
+        "q": (2, 5, 2, 4),
+        "k": (2, 5, 2, 4),
+        "v": (2, 5, 2, 3),
+        "g": (2, 5, 2, 4) if channels else (2, 5, 2),
+        "gk": (2, 5, 2, 4),
+        "gv": (2, 5, 2, 3),
+        "g_gamma": (2,),
+        "beta": (2, 5, 2),
+        "A_log": (2,),
+        "dt_bias": (8,) if channels else (2,),
+        "initial_state": (2, 2, 4, 3),
+    }
+    names = sizes.keys() & inspect.signature(function).parameters.keys()
+    x = {name: torch.zeros(sizes[name]) for name in names}
+    options = {"use_gate_in_kernel": True} if "A_log" in names else {}
+    function(**x, **options)
+    for name in names - {"q"}:
+        message = f"^{name}: expected a tensor on cpu, as q is, got one on meta$"
+        with pytest.raises(fwp.DeviceError, match=message):
+            function(**x | {name: x[name].to("meta")}, **options)
+
+
 @pytest.mark.parametrize("offsets", [(1, 5), (0, 4), (0, 3, 2, 5)])
 def test_wrong_offsets_are_shown_as_they_were_given(offsets):
     q = torch.ones(1, 5, 2, 4)

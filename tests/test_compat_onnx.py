@@ -252,6 +252,18 @@ REFUSED = {
         "kv_num_heads: expected an integer, got float",
     ),
     "lists": ({"query": [[[0.0]]]}, {}, fwp.DTypeError, "query: expected a NumPy array, got list"),
+    "masked queries": (
+        {"query": np.ma.zeros((2, 5, 12))},
+        {},
+        fwp.DTypeError,
+        "query: .*, no subclass, got Mask",
+    ),
+    "masked strengths": (
+        {"beta": np.ma.zeros((2, 5, 2))},
+        {},
+        fwp.DTypeError,
+        "beta: .*, no subclass, got Mask",
+    ),
     "a list of strengths": ({"beta": [[[0.0]]]}, {}, fwp.DTypeError, "beta: expected a NumPy array"),
 }
 

@@ -131,7 +131,10 @@ DTYPE = {
     "q: expected an array, got list": (delta, {"q": [[[[1.0]]]]}),
     "beta: expected an array, got None": (delta, {"beta": None}),
     "state: expected an array, got None": (step, {"state": None}),
-    "v: expected an array, got MaskedArray": (delta, {"v": np.ma.zeros((2, 3, 5, 6), np.float32)}),
+    "v: expected an array, no subclass of numpy.ndarray, got MaskedArray": (
+        delta,
+        {"v": np.ma.zeros((2, 3, 5, 6), np.float32)},
+    ),
     "out: expected an array, got str": (delta, {"out": "o"}),
     "out: expected fwp_core.Gradients, got list": (backward, {"out": [None] * 6}),
     "q: expected dtype float32, float64, float16 or bfloat16, got int32": (

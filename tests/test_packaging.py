@@ -199,6 +199,17 @@ def test_cython_module(installed):
     assert installed.python("-I", "-c", code) == "[3.0, 5.0]"
 
 
+def test_oldest_jax(wheel, tmp_path):
+    """The oldest JAX that pyproject.toml allows passes the tests of the installed wheel."""
+    settings = (ROOT / "pyproject.toml").read_text()
+    version = re.search(r'^jax = \["jax>=([\d.]+)"\]$', settings, re.MULTILINE).group(1)
+    environment = Environment(tmp_path / "venv")
+    environment.install(f"{wheel}[test]", f"jax=={version}", "absl-py")  # absl is what jax.export imports
+    assert version in environment.python("-c", "import jax; print(jax.__version__)")
+    tests = (ROOT / "tests" / name for name in ("test_xla_ffi.py", "test_jax.py"))
+    print(environment.python("-m", "pytest", "-q", "--interop", "-p", "no:cacheprovider", *tests))
+
+
 def replace(path, old, new):
     text = path.read_text()
     assert old in text

@@ -499,6 +499,30 @@ def test_fake_tensors_are_checked(name, kind):
             assert str(caught.value).startswith(f"{key if name == 'initial_state' else name}:")
 
 
+def test_fake_tensors_of_gradients_are_checked():
+    from torch._subclasses import FakeTensorMode
+
+    options = ("delta_rule", 0, 0, 0.0, None, None, False, 1e-6, 1.0)
+
+    def call(do, dfinal_state, initial_state=None):
+        q, beta = torch.ones(2, 3, 2, 4), torch.ones(2, 3, 2)
+        inputs = (q, q, q, beta, None, initial_state, None)
+        return torch.ops.fwp_core.scan_backward(do, dfinal_state, *inputs, *options)
+
+    do, state = (2, 3, 2, 4), (2, 2, 4, 4)
+    with FakeTensorMode():
+        for given in ((do, None), (None, state), (do, state)):
+            gradients = call(*(None if shape is None else torch.ones(shape) for shape in given))
+            assert [x.shape for x in gradients] == [do, do, do, do[:3]]
+        for name, arguments in (
+            ("do", (torch.ones(2, 3, 2, 5), None)),
+            ("dfinal_state", (None, torch.ones(2, 2, 4))),
+            ("initial_state", (torch.ones(do), None, torch.ones(1, 2, 4, 4))),
+        ):
+            with pytest.raises(fwp.ShapeError, match=f"^{name}: expected shape"):
+                call(*arguments)
+
+
 def test_fake_offsets_and_projections_are_checked():
     from torch._subclasses import FakeTensorMode
 

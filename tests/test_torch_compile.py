@@ -63,6 +63,23 @@ def test_opcheck_scan(variant):
         torch.library.opcheck(torch.ops.fwp_core.scan.default, operator_arguments(case, requires_grad))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fake_results_are_like_real_ones(variant):
+    case = small(**VARIANTS[variant])
+    arguments = operator_arguments(case)
+    incoming = tensor(case.do), tensor(case.dfinal_state)
+    mode = torch._subclasses.FakeTensorMode()
+    for operator, given in (
+        (torch.ops.fwp_core.scan, arguments),
+        (torch.ops.fwp_core.scan_backward, (*incoming, *arguments)),
+    ):
+        real = operator(*given)
+        with mode:
+            fake = operator(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in given))
+        for x, y in zip(fake, real, strict=True):
+            assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+
+
 @variants
 def test_opcheck_backward(variant):
     case = small(**VARIANTS[variant])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,39 +14,48 @@ from .torch_call import Call, Inputs, no_gradient, parameters, wide
 
 
 class Scan(torch.autograd.Function):
-    """(o, final_state, checkpoints) of a call and its six inputs, of which None is absent."""
+    """(o, final_state) of a call and its six inputs, of which None is absent."""
+
+    # Without setup_context, for which torch binds the arguments by a signature: a fifth of a small call.
+    @staticmethod
+    def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        o, final_state, checkpoints = call.forward(inputs)
+        _save(ctx, call, inputs, checkpoints)
+        return o, final_state
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None) -> Any:
+        return _saved_gradients(ctx, do, dfinal_state)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        refuse_forward_mode()
+
+
+class TransformedScan(torch.autograd.Function):
+    """The same for transformations of torch.func, which want checkpoints to be an output as well."""
 
     @staticmethod
     def forward(call: Call, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return call.forward(inputs)
+        o, final_state, checkpoints = call.forward(inputs)
+        return o, final_state, final_state.new_empty(0) if checkpoints is None else checkpoints
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.call, *arrays = inputs
-        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(*arrays, output[2])
+        _save(ctx, inputs[0], inputs[1:], output[2])
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None, _: None) -> Any:
-        *inputs, checkpoints = ctx.saved_tensors
-        if do is None and dfinal_state is None:
-            return (None,) * (1 + len(inputs))
-        for name, x in (("do", do), ("dfinal_state", dfinal_state)):
-            refuse_batched(name, x is not None and torch._C._functorch.is_legacy_batchedtensor(x))
-        do = no_gradient(inputs) if do is None else do
-        if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
-            return None, *ctx.call.backward(do, dfinal_state, checkpoints, inputs)
-        gradients = iter(scan_gradients(ctx.call, do, dfinal_state, checkpoints, *inputs))
-        return None, *(None if x is None else next(gradients) for x in inputs)
+        return _saved_gradients(ctx, do, dfinal_state)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, *inputs: Tensor | None) -> Any:
         fold = Fold(info.batch_size, call.cu_seqlens is not None)
         folded = fold.inputs(inputs, in_dims[1:])
-        o, final_state, checkpoints = scan(call.repeated(fold.size, folded), *folded)
+        o, final_state = scan(call.repeated(fold.size, folded), *folded)
         # Checkpoints of all together are of no use to one: backward makes its own.
-        return (fold.open(o), fold.open_state(final_state), checkpoints.new_empty(0)), (0, 0, None)
+        return (fold.open(o), fold.open_state(final_state), final_state.new_empty(0)), (0, 0, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -110,12 +118,14 @@ class ScanGradients(torch.autograd.Function):
         refuse_forward_mode()
 
 
-scan: Callable[..., Any] = Scan.apply
 scan_gradients: Callable[..., Any] = ScanGradients.apply
 
-# Function.apply asks for these at every call, which takes longer than all else in it.
-for function in (Scan.forward, ScanGradients.forward):
-    vars(function)["__signature__"] = inspect.signature(function)
+
+def scan(call: Call, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return o and final_state, differentiable and transformable."""
+    function: Any = TransformedScan if torch._C._are_functorch_transforms_active() else Scan
+    o, final_state = function.apply(call, *inputs)[:2]
+    return o, final_state
 
 
 def refuse_forward_mode() -> None:
@@ -167,6 +177,26 @@ class Fold:
         if inputs[-1] is None:
             return tuple(map(self.open, gradients))
         return *map(self.open, gradients[:-1]), self.open_state(gradients[-1])
+
+
+def _save(ctx: Any, call: Call, inputs: Inputs, checkpoints: Tensor | None) -> None:
+    ctx.call = call
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, checkpoints)
+
+
+def _saved_gradients(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None) -> Any:
+    """Those of a call and its inputs, from what was saved of them."""
+    *inputs, checkpoints = ctx.saved_tensors
+    if do is None and dfinal_state is None:
+        return (None,) * (1 + len(inputs))
+    for name, x in (("do", do), ("dfinal_state", dfinal_state)):
+        refuse_batched(name, x is not None and torch._C._functorch.is_legacy_batchedtensor(x))
+    do = no_gradient(inputs) if do is None else do
+    if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
+        return None, *ctx.call.backward(do, dfinal_state, checkpoints, inputs)
+    gradients = iter(scan_gradients(ctx.call, do, dfinal_state, checkpoints, *inputs))
+    return None, *(None if x is None else next(gradients) for x in inputs)
 
 
 def _recurrence_gradients(call: Call, *arrays: Any) -> tuple[Tensor, ...]:

@@ -41,14 +41,14 @@ class Call:
 
     def forward(
         self, inputs: Inputs, out: Tensor | None = None, final_state_out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return o, final_state, and checkpoints for backward, no elements where there are none."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return o, final_state, and checkpoints for backward, None where there are none."""
         *arrays, initial_state = map(_resolved, inputs)
         keep = self.level is not None
         outputs = initial_state, self.cu_seqlens, out, final_state_out, keep
         o, final_state, checkpoints = KERNELS[self.rule][0](*arrays, *self._options(), *outputs)
-        if checkpoints is None or _core.isa() != self.level:  # switched by another thread meanwhile
-            checkpoints = final_state.new_empty(0)
+        if keep and _core.isa() != self.level:  # switched by another thread meanwhile
+            checkpoints = None
         return o, final_state, checkpoints
 
     def backward(

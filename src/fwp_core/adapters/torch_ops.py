@@ -5,6 +5,7 @@ Operators take tensors, numbers and strings only: a feature map goes in as its p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,22 +43,33 @@ def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _check_shapes(*arguments: Any) -> None:
     """Make the checks of a call without its values, where sizes are known."""
-    inputs, cu_seqlens = arguments[:6], arguments[6]
-    rule, kind, nu, map_eps, projection, *options = arguments[7:]
-    if not _known(*inputs, cu_seqlens, projection):
-        return
-    *arrays, initial_state = map(_abstract, inputs)
-    feature_map = _feature_map(kind, nu, map_eps, _abstract(projection))
-    # Any offsets of this number that are good.
+    if _known(*arguments):
+        arrays, options, last = _described(arguments)
+        KERNELS[arguments[7]][0](*arrays, *options, *last, None, None, False)
+
+
+def _check_backward_shapes(do: Tensor | None, dfinal_state: Tensor | None, *arguments: Any) -> None:
+    if _known(do, dfinal_state, *arguments):
+        arrays, options, last = _described(arguments)
+        do = no_gradient(arguments[:6]) if do is None else do
+        incoming = _abstract(do), *arrays, _abstract(dfinal_state), None
+        KERNELS[arguments[7]][1](*incoming, *options, *last, None)
+
+
+def _described(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """The arrays of a scan without memory; its options; its initial state, and offsets that are good."""
+    *arrays, initial_state = map(_abstract, arguments[:6])
+    cu_seqlens, (_, kind, nu, map_eps, projection, *options) = arguments[6], arguments[7:]
     offsets = None
     if cu_seqlens is not None:
-        offsets = [0, *[inputs[0].shape[1]] * cu_seqlens.shape[0]][: cu_seqlens.shape[0]]
-    KERNELS[rule][0](*arrays, feature_map, *options, initial_state, offsets, None, None, False)
+        offsets = [0, *[arguments[0].shape[1]] * cu_seqlens.shape[0]][: cu_seqlens.shape[0]]
+    feature_map = _feature_map(kind, nu, map_eps, _abstract(projection))
+    return arrays, (feature_map, *options), (initial_state, offsets)
 
 
-def _known(*tensors: Tensor | None) -> bool:
+def _known(*arguments: Any) -> bool:
     """Whether all sizes are, and nobody compiles, who would wrap an error: compiled programs check again."""
-    sizes = (size for x in tensors if x is not None for size in x.shape)
+    sizes = (size for x in arguments if isinstance(x, Tensor) for size in x.shape)
     return torch._guards.TracingContext.try_get() is None and all(type(size) is int for size in sizes)
 
 
@@ -73,6 +85,7 @@ def _backward(do: Tensor | None, dfinal_state: Tensor | None, *arguments: Any) -
 
 def _backward_shapes(do: Tensor | None, dfinal_state: Tensor | None, *arguments: Any) -> list[Tensor]:
     _refuse_tangents()
+    _check_backward_shapes(do, dfinal_state, *arguments)
     return [x.new_empty(x.shape) for x in arguments[:6] if x is not None]
 
 
@@ -87,7 +100,7 @@ def _step(*arguments: Any) -> Tensor:
 def _step_shapes(*arguments: Any) -> Tensor:
     inputs, indices = arguments[:6], arguments[6]
     rule, kind, nu, map_eps, projection, *options = arguments[7:]
-    if _known(*inputs, indices, projection):
+    if _known(*arguments):
         slots = None if indices is None else [-1] * indices.shape[0]  # which are good in any pool
         feature_map = _feature_map(kind, nu, map_eps, _abstract(projection))
         STEPS[rule](*map(_abstract, inputs), slots, feature_map, *options, None)

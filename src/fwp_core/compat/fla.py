@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._core import ArgumentError, DTypeError, ShapeError, UnsupportedError
+from .._core import ArgumentError, DeviceError, DTypeError, ShapeError, UnsupportedError
 from ..adapters.torch import check_options, offsets
 from ..adapters.torch_call import FLOATS, wide
 from ..torch import delta_rule, linear_attention
@@ -92,7 +92,7 @@ def chunk_delta_rule(
     _refuse_head_first(kwargs)
     _check_chunk_size(kwargs, 16, 32, 64)
     heads, _, _ = _sizes(q, k, v)
-    _check("beta", beta, heads, needed=True)
+    _check("beta", beta, q, heads, needed=True)
     return fused_recurrent_delta_rule(
         q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens
     )
@@ -111,7 +111,7 @@ def fused_recurrent_delta_rule(
 ) -> Result:
     """Run the delta rule; beta is [B,T,HV] or [B,T,HV,V], or None for 1."""
     heads, _, V = _sizes(q, k, v)
-    _check("beta", beta, heads, (*heads, V))
+    _check("beta", beta, q, heads, (*heads, V))
     if use_qk_l2norm_in_kernel:
         q, k = _rounded_l2norm(q), _rounded_l2norm(k)
     return _run(
@@ -155,8 +155,8 @@ def chunk_gated_delta_rule(
     _refuse_head_first(kwargs)
     _check_chunk_size(kwargs, 16, 32, 64)
     heads, _, _ = _sizes(q, k, v)
-    _check("g", g, heads, needed=True)
-    _check("beta", beta, heads, needed=True)
+    _check("g", g, q, heads, needed=True)
+    _check("beta", beta, q, heads, needed=True)
     if use_qk_l2norm_in_kernel:
         q, k = _rounded_l2norm(q), _rounded_l2norm(k)
     return fused_recurrent_gated_delta_rule(
@@ -205,10 +205,10 @@ def fused_recurrent_gated_delta_rule(
     """
     state_v_first = _v_first(state_v_first, kwargs)
     heads, K, V = _sizes(q, k, v)
-    _check("g", g, heads)
-    _check("gk", gk, (*heads, K))
-    _check("gv", gv, (*heads, V))
-    _check("beta", beta, heads, (*heads, V))
+    _check("g", g, q, heads)
+    _check("gk", gk, q, (*heads, K))
+    _check("gv", gv, q, (*heads, V))
+    _check("beta", beta, q, heads, (*heads, V))
     if use_gate_in_kernel:
         g = _gate(g, A_log, dt_bias)
     return _run(
@@ -267,7 +267,7 @@ def chunk_kda(
             f"lower_bound: expected a number in [-5, 0) with safe_gate=True, got {lower_bound}"
         )
     heads, _, _ = _sizes(q, k, v)
-    _check("beta", beta, heads, needed=True)
+    _check("beta", beta, q, heads, needed=True)
     if use_qk_l2norm_in_kernel:
         q, k = _rounded_l2norm(q), _rounded_l2norm(k)
     return fused_recurrent_kda(
@@ -313,8 +313,8 @@ def fused_recurrent_kda(
     """Run Kimi Delta Attention; g is [B,T,HV,K], beta [B,T,HV] or [B,T,HV,V], A_log [HV], dt_bias [HV*K]."""
     state_v_first = _v_first(state_v_first, kwargs)
     heads, K, V = _sizes(q, k, v)
-    _check("g", g, (*heads, K), needed=True)
-    _check("beta", beta, heads, (*heads, V), needed=True)
+    _check("g", g, q, (*heads, K), needed=True)
+    _check("beta", beta, q, heads, (*heads, V), needed=True)
     if use_gate_in_kernel:
         g = _gate(g, A_log, dt_bias, lower_bound)
     return _run(
@@ -382,8 +382,8 @@ def fused_recurrent_linear_attn(
         raise ArgumentError(f"initial_state: expected a tensor or two in a tuple, got {len(first)} of them")
     cu_seqlens = _integers(cu_seqlens, q)
     N = _sequences(q, cu_seqlens)
-    _check("initial_state", first[0], (N, HV, K, V))
-    _check("initial_state[1]", first[1], (N, 1, HV, K))
+    _check("initial_state", first[0], q, (N, HV, K, V))
+    _check("initial_state[1]", first[1], q, (N, 1, HV, K))
     scale = _scale(scale, K)
     if not scale > 0:
         raise ArgumentError(f"scale: expected a positive number with normalize=True, got {scale}")
@@ -454,8 +454,8 @@ def fused_recurrent_simple_gla(
     """Run linear attention with decay g [B,T,HV], g_gamma [HV], or the sum of both."""
     state_v_first = _v_first(state_v_first, kwargs)
     heads, _, _ = _sizes(q, k, v)
-    _check("g", g, heads)
-    _check("g_gamma", g_gamma, heads[2:])
+    _check("g", g, q, heads)
+    _check("g_gamma", g_gamma, q, heads[2:])
     if g_gamma is not None:
         g = _sum(g_gamma.expand(*q.shape[:2], -1), g)
     return _run(
@@ -531,7 +531,7 @@ def chunk_gla(
 ) -> Result:
     """Run gated linear attention with decay g [B,T,HV,K]."""
     heads, K, _ = _sizes(q, k, v)
-    _check("g", g, (*heads, K), needed=True)
+    _check("g", g, q, (*heads, K), needed=True)
     return fused_recurrent_gla(
         q,
         k,
@@ -563,8 +563,8 @@ def fused_recurrent_gla(
     """Run gated linear attention with decays gk [B,T,HV,K] of keys' and gv [B,T,HV,V] of values' channels."""
     state_v_first = _v_first(state_v_first, kwargs)
     heads, K, V = _sizes(q, k, v)
-    _check("gk", gk, (*heads, K))
-    _check("gv", gv, (*heads, V))
+    _check("gk", gk, q, (*heads, K))
+    _check("gv", gv, q, (*heads, V))
     return _run(
         "linear",
         _Inputs(q, k, v, g=gk, gv=gv),
@@ -680,7 +680,7 @@ def _state(x: _Inputs, state: State, cu_seqlens: Tensor | None, v_first: bool, w
         return None
     K, V = x.k.shape[3], x.v.shape[3] + with_sum
     shape = (_sequences(x.q, cu_seqlens), x.v.shape[2], *((V, K) if v_first else (K, V)))
-    _check("initial_state", state, shape)
+    _check("initial_state", state, x.q, shape)
     state = state.to(wide(x.q))
     return state.transpose(-1, -2) if v_first else state
 
@@ -710,7 +710,7 @@ def _scale(scale: Any, K: int) -> float:
 def _sizes(q: Any, k: Any, v: Any) -> tuple[tuple[int, int, int], int, int]:
     """(B, T, HV), K and V of inputs that fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x)
+        _check_tensor(name, x, q)
         if x.ndim != 4:
             raise ShapeError(f"{name}: expected shape (B, T, H, size), got {tuple(x.shape)}")
         if x.dtype != q.dtype:
@@ -725,27 +725,30 @@ def _sizes(q: Any, k: Any, v: Any) -> tuple[tuple[int, int, int], int, int]:
     return (B, T, HV), K, V
 
 
-def _check_tensor(name: str, x: Any) -> None:
+def _check_tensor(name: str, x: Any, q: Tensor) -> None:
+    """That x is a tensor of a dtype that is computed with, where q is."""
     if not isinstance(x, Tensor):
         raise DTypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise DTypeError(f"{name}: expected dtype float32, float64, float16 or bfloat16, got {x.dtype}")
+    if x.device != q.device:
+        raise DeviceError(f"{name}: expected a tensor on {q.device}, as q is, got one on {x.device}")
 
 
-def _check(name: str, x: Any, *shapes: tuple[int, ...], needed: bool = False) -> None:
-    """That x is a tensor of one of these shapes, or None unless it is needed."""
+def _check(name: str, x: Any, q: Tensor, *shapes: tuple[int, ...], needed: bool = False) -> None:
+    """That x is a tensor of one of these shapes, where q is, or None unless it is needed."""
     if x is None and not needed:
         return
-    _check_tensor(name, x)
+    _check_tensor(name, x, q)
     if x.shape not in shapes:
         raise ShapeError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
 
 
-def _check_elements(name: str, x: Any, count: int) -> None:
+def _check_elements(name: str, x: Any, q: Tensor, count: int) -> None:
     """That x is None, or a tensor of that many elements: fla reads its memory, and asks for no shape."""
     if x is None:
         return
-    _check_tensor(name, x)
+    _check_tensor(name, x, q)
     if x.numel() != count:
         raise ShapeError(f"{name}: expected {count} elements, got shape {tuple(x.shape)}")
 
@@ -774,8 +777,8 @@ def _gate(g: State, A_log: State, dt_bias: State, lower_bound: float | None = No
         raise ArgumentError("g: expected a tensor with use_gate_in_kernel=True, got None")
     if A_log is None and lower_bound is None:
         raise ArgumentError("A_log: expected a tensor with use_gate_in_kernel=True, got None")
-    _check_elements("A_log", A_log, g.shape[2])
-    _check_elements("dt_bias", dt_bias, math.prod(g.shape[2:]))
+    _check_elements("A_log", A_log, g, g.shape[2])
+    _check_elements("dt_bias", dt_bias, g, math.prod(g.shape[2:]))
     x = g.to(wide(g))
     if dt_bias is not None:
         x = x + dt_bias.to(x.dtype).reshape(g.shape[2:])

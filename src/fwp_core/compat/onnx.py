@@ -158,7 +158,7 @@ def _check_integers(**numbers: object) -> None:
 
 def _unpacked(name: str, x: Array, heads: int) -> Array:
     """[B,T,heads*D] as [B,T,heads,D], without a copy where that is possible."""
-    if not isinstance(x, np.ndarray):
+    if type(x) is not np.ndarray:
         raise _not_an_array(name, x)
     if x.ndim != 3 or x.shape[2] % heads:
         raise ShapeError(f"{name}: expected shape (B, T, {heads} * D), got {x.shape}")
@@ -166,7 +166,8 @@ def _unpacked(name: str, x: Array, heads: int) -> Array:
 
 
 def _not_an_array(name: str, x: object) -> DTypeError:
-    return DTypeError(f"{name}: expected a NumPy array, got {type(x).__name__}")
+    subclass = ", no subclass" if isinstance(x, np.ndarray) else ""
+    return DTypeError(f"{name}: expected a NumPy array{subclass}, got {type(x).__name__}")
 
 
 def _check_sizes(q: Array, k: Array, v: Array) -> None:
@@ -183,7 +184,7 @@ def _gate(name: str, x: Array | None, k: Array, sizes: tuple[int, ...], shared: 
     """[B,T,H] or, of the larger size, [B,T,H,K]; one for all heads becomes one each."""
     B, T, H, _ = k.shape
     expected = [(B, T, H * size) for size in sizes] + ([(B, T, 1)] if shared else [])
-    if not isinstance(x, np.ndarray):
+    if type(x) is not np.ndarray:
         raise _not_an_array(name, x)
     if x.shape not in expected:
         raise ShapeError(f"{name}: expected shape {' or '.join(map(str, expected))}, got {x.shape}")
@@ -196,7 +197,7 @@ def _state(past_state: Array | None, k: Array, v: Array) -> Array | None:
     """In the precision of sums."""
     if past_state is None:
         return None
-    if not isinstance(past_state, np.ndarray):
+    if type(past_state) is not np.ndarray:
         raise _not_an_array("past_state", past_state)
     if past_state.dtype.name not in _STATE_DTYPES:
         raise DTypeError(
