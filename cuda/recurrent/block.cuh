@@ -99,11 +99,13 @@ FWP_DEVICE void with_stored(DType dtype, const F& f) {
 }
 
 // Numbers of C tokens, `step` apart: n of them, zeros for the others. No branches: in place of those, the last is read.
-// Places are made one from the other, because compilers would keep all multiples of all steps in registers.
+// Places are made one from the other, because compilers would keep all multiples of all steps in registers, and n is
+// hidden, because they would keep all choices between a step and none, out of the caller's loop over channels.
 template <class T, int C>
 FWP_DEVICE void load_tokens(const Rows& rows, int64_t at, int64_t step, int n, T (&x)[C]) {
   FWP_UNROLL for (int t = 0; t < C; ++t) x[t] = 0;
   if (n <= 0) return;
+  n = fresh(n);
   with_stored<T>(rows.dtype, [&](auto type) {
     const auto* from = static_cast<const decltype(type)*>(rows.data) + at;
     FWP_UNROLL for (int t = 0; t < C; ++t) {
