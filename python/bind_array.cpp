@@ -46,7 +46,7 @@ struct Block {
   static void* allocate(DLDevice device, void* stream, size_t bytes) {
     bytes = std::max<size_t>(bytes, 1);
     void* const memory = is_host(device) ? fwp_allocate(bytes) : fwp_device_allocate(device.device_id, bytes, stream);
-    if (memory == nullptr) raise(FWP_OUT_OF_MEMORY, fwp_last_error());
+    if (memory == nullptr) raise(fwp_last_status(), fwp_last_error());
     return memory;
   }
 };

@@ -21,14 +21,17 @@ constexpr fwp_error_info kErrors[] = {
     {FWP_INTERNAL_ERROR, "RuntimeError", "RuntimeError", "a fault of the library itself"},
 };
 
+thread_local int status_of_thread = FWP_OK;
 thread_local char message_of_thread[1024] = "";
 
 }  // namespace
 
-void set_last_error(const char* message) noexcept {
+int set_last_error(int code, const char* message) noexcept {
   std::snprintf(message_of_thread, sizeof message_of_thread, "%s", message);
+  return status_of_thread = code;
 }
 
+int last_status() noexcept { return status_of_thread; }
 const char* last_error() noexcept { return message_of_thread; }
 
 }  // namespace fwp::core
@@ -40,6 +43,7 @@ const fwp_error_info* fwp_error_table(size_t* count) noexcept {
   return fwp::core::kErrors;
 }
 
+int fwp_last_status(void) noexcept { return fwp::core::last_status(); }
 const char* fwp_last_error(void) noexcept { return fwp::core::last_error(); }
 
 }  // extern "C"

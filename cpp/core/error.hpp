@@ -29,8 +29,9 @@ template <class... Parts>
   throw Error(code, text.str());
 }
 
-// The message of this thread's last error. Never allocates; a long message is cut.
-void set_last_error(const char* message) noexcept;
+// Code and message of this thread's last error. Never allocates; a long message is cut.
+int set_last_error(int code, const char* message) noexcept;  // returns the code
+int last_status() noexcept;
 const char* last_error() noexcept;
 
 // Runs the body of a C function; whatever it throws becomes a status and a message.
@@ -40,17 +41,13 @@ int guarded(Body&& body) noexcept {
     body();
     return FWP_OK;
   } catch (const Error& error) {
-    set_last_error(error.what());
-    return error.code();
+    return set_last_error(error.code(), error.what());
   } catch (const std::bad_alloc&) {
-    set_last_error("out of memory");
-    return FWP_OUT_OF_MEMORY;
+    return set_last_error(FWP_OUT_OF_MEMORY, "out of memory");
   } catch (const std::exception& error) {
-    set_last_error(error.what());
-    return FWP_INTERNAL_ERROR;
+    return set_last_error(FWP_INTERNAL_ERROR, error.what());
   } catch (...) {
-    set_last_error("unknown error");
-    return FWP_INTERNAL_ERROR;
+    return set_last_error(FWP_INTERNAL_ERROR, "unknown error");
   }
 }
 

@@ -73,11 +73,18 @@ TEST_CASE("too much is refused, and what there is stays") {
   std::memcpy(memory, small, sizeof small);
   for (const size_t bytes : {SIZE_MAX, SIZE_MAX - 100, SIZE_MAX / 2, SIZE_MAX / 4}) {
     CHECK(fwp_allocate(bytes) == nullptr);
+    CHECK(fwp_last_status() == FWP_OUT_OF_MEMORY);
     CHECK(std::string(fwp_last_error()).find("memory") != std::string::npos);
     CHECK(fwp_reallocate(memory, bytes) == nullptr);
   }
   CHECK(std::memcmp(memory, small, sizeof small) == 0);
   fwp_free(memory);
+}
+
+TEST_CASE("memory of a device that is not there is no lack of memory") {
+  CHECK(fwp_device_allocate(1 << 20, 64, nullptr) == nullptr);
+  const std::string state = fwp_cuda_state();
+  CHECK(fwp_last_status() == (state == "available" || state == "emulated" ? FWP_CUDA_ERROR : FWP_DEVICE_ERROR));
 }
 
 TEST_CASE("the limit is known, its place is required") {

@@ -112,7 +112,9 @@ typedef struct fwp_error_info {
 /* The one table of errors, *count entries. Codes without a class of their own (out of memory, interrupted,
  * internal) carry the name of the Python built-in that stands for them. */
 FWP_API const fwp_error_info* fwp_error_table(size_t* count) FWP_NOEXCEPT;
-/* Message of the last error of this thread; empty if there was none. Valid until the thread's next call. */
+/* Code of the last error of this thread, for functions that return something else; FWP_OK if there was none. */
+FWP_API int fwp_last_status(void) FWP_NOEXCEPT;
+/* Its message; empty if there was none. Valid until the thread's next call. */
 FWP_API const char* fwp_last_error(void) FWP_NOEXCEPT;
 
 /* ---- arguments ---- */
@@ -317,7 +319,7 @@ FWP_API void fwp_empty_cache(void) FWP_NOEXCEPT;
 
 /* Memory of a CUDA device for tensors and workspaces, in the order of a stream, aligned to 256 bytes; contents
  * unspecified. Up to FWP_CACHE_MB megabytes stay with the library's pool of that device. A failed allocation returns
- * NULL and leaves a message. */
+ * NULL, and fwp_last_status() says why: FWP_OUT_OF_MEMORY, or FWP_CUDA_ERROR or FWP_DEVICE_ERROR. */
 FWP_API void* fwp_device_allocate(int device, size_t bytes, void* stream) FWP_NOEXCEPT;
 FWP_API void fwp_device_free(int device, void* memory, void* stream) FWP_NOEXCEPT;
 /* Copies between memory of the device and of the host, or within either, in the order of a stream. A copy into memory
