@@ -392,6 +392,7 @@ FWP_KERNEL void add_rows(FWP_PARAMETER Problem p, FWP_PARAMETER BackwardPlan<T> 
     if (segment < begin || segment >= begin + plan.cut.window) return;
   }
   const int64_t n = sequence_of(p, token), t = token - first_token(p, n);
+  if (!plan.wanted.any(p, n)) return;
   const Sequence s = sequence(p, n);
   for (int f = 0; f < kFields; ++f) {
     const Gradient<T>& gradient = plan.gradients[f];

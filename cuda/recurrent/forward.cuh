@@ -17,6 +17,14 @@ struct Wanted {
     for (int64_t i = 0; i < together && !wanted; ++i) wanted = load_global(only + first + i) != 0;
     return wanted;
   }
+  // Whether any head of the sequence is among them; a whole warp asks.
+  FWP_DEVICE bool any(const Problem& p, int64_t n) const {
+    if (only == nullptr) return true;
+    int32_t some = 0;
+    for (int64_t h = lane(); h < p.H; h += kWarpSize) some |= load_global(only + n * p.H + h);
+    FWP_UNROLL for (int mask = 1; mask < kWarpSize; mask *= 2) some |= shuffle_xor(some, mask);
+    return some != 0;
+  }
 };
 
 // The state before every `segment` tokens of a sequence but the first, as whole tiles. All tokens of the call lie one
