@@ -11,8 +11,8 @@
 
 namespace fwp::cuda::chunk {
 
-// As kMostGrowth, for rows that are rounded once more.
-constexpr float kMostChannelGrowth = 0.7f;
+// As kMostGrowth, of any channel: what is rounded of one that has grown is added to those that have not.
+constexpr float kMostChannelGrowth = 4;
 
 // The pairs of blocks J < I, the place of their rows in a tile.
 constexpr int kPairs = kBlocks * (kBlocks - 1) / 2;
