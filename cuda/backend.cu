@@ -113,19 +113,31 @@ void put(const int64_t* from, int64_t count, int64_t* to, Queue& queue) {
   }
 }
 
+// Calls, by the name under which what their kernels find wrong is reported. The fault word holds 1 + twice the place
+// here, and one more where it is about slots.
+constexpr const char* kCalls[] = {
+    "linear_attention",      "linear_attention_backward", "delta_rule", "delta_rule_backward",
+    "linear_attention_step", "delta_rule_step",           "diagnose"};
+enum Direction : int32_t { kForward, kBackward, kDiagnose };
+int32_t fault_of(const Problem& p, Direction direction) {
+  const int32_t rule = p.rule == Rule::delta ? 1 : 0;
+  return 1 + 2 * (direction == kDiagnose ? 6 : p.step ? 4 + rule : 2 * rule + direction);
+}
+
 // inner: p, whose offsets will be there.
-void place_integers(const Problem& p, Problem& inner, int64_t* integers, Queue& queue) {
+void place_integers(const Problem& p, Direction direction, Problem& inner, int64_t* integers, Queue& queue) {
   constexpr int kThreads = 256;
   constexpr size_t kShared = kThreads / kWarpSize * sizeof(int);
   int32_t* const fault = fault_word(p.device);
   if (p.device_cu_seqlens.data != nullptr)
-    queue.run("check_offsets", check_offsets, {1}, kThreads, kShared, p.device_cu_seqlens, p.N, p.T, integers, fault);
+    queue.run("check_offsets", check_offsets, {1}, kThreads, kShared, p.device_cu_seqlens, p.N, p.T, integers, fault,
+              fault_of(p, direction));
   else if (p.cu_seqlens != nullptr)
     put(p.cu_seqlens, p.N + 1, integers, queue);
 
   if (p.device_state_indices.data != nullptr)
-    queue.run("check_slots", check_slots, {1}, kThreads, kShared, p.device_state_indices, p.N, p.slots, integers,
-              fault);
+    queue.run("check_slots", check_slots, {1}, kThreads, kShared, p.device_state_indices, p.N, p.slots, integers, fault,
+              fault_of(p, direction) + 1);
   else if (p.state_indices != nullptr)
     put(p.state_indices, p.N, integers, queue);
   if (p.device_state_indices.data != nullptr || p.state_indices != nullptr) inner.state_indices = integers;
@@ -133,13 +145,14 @@ void place_integers(const Problem& p, Problem& inner, int64_t* integers, Queue& 
 
 // What kernels of earlier calls found wrong.
 void report_faults(int device) {
-  const auto found = static_cast<IntegerFault>(take_fault(device));
-  if (found == IntegerFault::none) return;
-  throw Error(found == IntegerFault::cu_seqlens
-                  ? "an earlier call: cu_seqlens: expected offsets that start with 0, never fall and end with T; "
-                    "nothing was computed"
-                  : "an earlier call: state_indices: expected slots from 0 to S-1, or -1 for none; sequences with "
-                    "others were left out");
+  const int32_t found = take_fault(device);
+  if (found == 0) return;
+  const std::string call = kCalls[(found - 1) / 2];
+  throw Error((found - 1) % 2 == 0
+                  ? "an earlier call: cu_seqlens: expected offsets that start with 0, never fall and end with T; " +
+                        call + " computed nothing"
+                  : "an earlier call: state_indices: expected slots from 0 to S-1, or -1 for none; " + call +
+                        " left sequences with others out");
 }
 
 // ---- plans: where things lie in a workspace, functions of the problem alone ----
@@ -165,6 +178,7 @@ struct Plan {
   Problem inner;
   Arena arena;
   int64_t* integers;
+  void* rooms = nullptr;  // of features
 
   Plan(const Problem& p, void* workspace) : inner(p), arena(workspace) {
     // A step may have slots, which are not looked at before its memory is known.
@@ -173,12 +187,14 @@ struct Plan {
     if (packed(p)) inner.cu_seqlens = workspace != nullptr ? integers : &kNowhere;
   }
   // The problem of the scan itself: keys and queries are rows that the features have made.
-  void map(const Problem& p, Queue* queue) {
+  void map(const Problem& p, bool backward, Queue* queue) {
     if (!p.features.active()) return;
+    const size_t bytes = features::workspace(p.features, accumulation(p.dtype), p.device, backward);
+    rooms = arena.take<char>(static_cast<int64_t>(bytes));
     for (Rows Problem::* rows : {&Problem::q, &Problem::k}) {
       if ((p.*rows).data == nullptr) continue;
       const Mapped mapped(p, p.*rows, arena);
-      if (queue != nullptr) features::forward(p.features, mapped.shape, p.*rows, mapped.rows, *queue);
+      if (queue != nullptr) features::forward(p.features, mapped.shape, p.*rows, mapped.rows, rooms, *queue);
       inner.*rows = mapped.rows;
     }
     inner.features = {};
@@ -187,8 +203,8 @@ struct Plan {
 };
 
 void plan_forward(const Problem& p, Plan& plan, Queue* queue) {
-  if (queue != nullptr) place_integers(p, plan.inner, plan.integers, *queue);
-  plan.map(p, queue);
+  if (queue != nullptr) place_integers(p, kForward, plan.inner, plan.integers, *queue);
+  plan.map(p, false, queue);
   const int64_t length = segments::length(plan.inner);
   const size_t bytes = p.step ? recurrent::step_workspace(plan.inner) : segments::forward_workspace(plan.inner, length);
   void* const rest = plan.arena.take<char>(static_cast<int64_t>(bytes));
@@ -197,8 +213,8 @@ void plan_forward(const Problem& p, Plan& plan, Queue* queue) {
 }
 
 void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
-  if (queue != nullptr) place_integers(p, plan.inner, plan.integers, *queue);
-  plan.map(p, queue);
+  if (queue != nullptr) place_integers(p, kBackward, plan.inner, plan.integers, *queue);
+  plan.map(p, true, queue);
   const auto gradient = [&](Rows Problem::* to, Rows Problem::* of) {
     if (p.features.active() && (p.*of).data != nullptr && ((p.*to).data != nullptr || queue == nullptr))
       plan.inner.*to = Mapped(p, p.*of, plan.arena).rows;
@@ -214,13 +230,13 @@ void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
     const Rows& d = p.*to;
     if (d.data == nullptr) continue;
     const features::Shape shape{packed(p) ? 1 : p.N, p.T, p.H / (p.*of).group};
-    features::backward(p.features, shape, plan.inner.*to, p.*of, d, *queue);
+    features::backward(p.features, shape, plan.inner.*to, p.*of, d, plan.rooms, *queue);
   }
 }
 
 void plan_diagnose(const Problem& p, Plan& plan, Queue* queue) {
-  if (queue != nullptr) place_integers(p, plan.inner, plan.integers, *queue);
-  plan.map(p, queue);
+  if (queue != nullptr) place_integers(p, kDiagnose, plan.inner, plan.integers, *queue);
+  plan.map(p, false, queue);
   if (queue != nullptr) recurrent::diagnose(plan.inner, *queue);
 }
 
@@ -241,7 +257,9 @@ size_t diagnose_workspace(const Problem& p) {
   plan_diagnose(p, plan, nullptr);
   return plan.arena.used();
 }
-size_t map_workspace(const Problem&) { return 0; }
+size_t map_workspace(const Problem& p) {
+  return features::workspace(p.features, accumulation(p.dtype), p.device, true);
+}
 int64_t checkpoint_elements(const Problem&) { return 0; }
 
 // Runs the kernels of a plan on the problem's device and stream.
@@ -273,16 +291,16 @@ Outcome diagnose(const Problem& p, void* workspace) {
   return on_device(p, kProbes, workspace, diagnose_workspace,
                    [&](Plan& plan, Queue& queue) { plan_diagnose(p, plan, &queue); });
 }
-Outcome map_rows(const Problem& p, void*) {
+Outcome map_rows(const Problem& p, void* workspace) {
   Problem one_head = p;  // as memory_of looks at it
   one_head.N = one_head.H = 1;
   one_head.V = p.K;
-  return on_device(one_head, p.K, nullptr, map_workspace, [&](Plan&, Queue& queue) {
+  return on_device(one_head, p.K, workspace, map_workspace, [&](Plan&, Queue& queue) {
     const features::Shape shape{1, p.T, 1};
     if (p.d_o.data == nullptr)
-      features::forward(p.features, shape, p.q, p.o, queue);
+      features::forward(p.features, shape, p.q, p.o, workspace, queue);
     else
-      features::backward(p.features, shape, p.d_o, p.q, p.dq, queue);
+      features::backward(p.features, shape, p.d_o, p.q, p.dq, workspace, queue);
   });
 }
 

@@ -21,11 +21,10 @@ FWP_DEVICE int64_t integer_at(const DeviceIntegers& integers, int64_t i) {
                        : load_global(static_cast<const int32_t*>(integers.data) + at);
 }
 
-enum class IntegerFault : int32_t { none, cu_seqlens, state_indices };
-
 // Offsets that start with 0, never fall and end with T; where they do not, all become 0, so that there is nothing to
-// do, and the fault is noted. One block.
-FWP_KERNEL void check_offsets(FWP_PARAMETER DeviceIntegers from, int64_t N, int64_t T, int64_t* to, int32_t* fault) {
+// do, and the fault is noted, by its number. One block.
+FWP_KERNEL void check_offsets(FWP_PARAMETER DeviceIntegers from, int64_t N, int64_t T, int64_t* to, int32_t* fault,
+                              int32_t number) {
   auto* const bad_of_warp = static_cast<int*>(shared_memory());
   int bad = 0;
   for (int64_t i = thread_index(); i <= N; i += block_threads()) {
@@ -39,11 +38,13 @@ FWP_KERNEL void check_offsets(FWP_PARAMETER DeviceIntegers from, int64_t N, int6
   for (int w = 0; w < block_threads() / kWarpSize; ++w) bad |= load_shared(bad_of_warp + w);
   for (int64_t i = thread_index(); i <= N; i += block_threads())
     store_global(to + i, bad != 0 ? 0 : integer_at(from, i));
-  if (bad != 0 && thread_index() == 0) store_global(fault, static_cast<int32_t>(IntegerFault::cu_seqlens));
+  if (bad != 0 && thread_index() == 0) store_global(fault, number);
 }
 
-// Slots from 0 to S-1, or kNoSlot; others become kNoSlot, and the fault is noted.
-FWP_KERNEL void check_slots(FWP_PARAMETER DeviceIntegers from, int64_t N, int64_t S, int64_t* to, int32_t* fault) {
+// Slots from 0 to S-1, or kNoSlot; others become kNoSlot, and the fault is noted. Whether one stands there twice is not
+// looked at.
+FWP_KERNEL void check_slots(FWP_PARAMETER DeviceIntegers from, int64_t N, int64_t S, int64_t* to, int32_t* fault,
+                            int32_t number) {
   bool bad = false;
   for (int64_t i = thread_index(); i < N; i += block_threads()) {
     const int64_t x = integer_at(from, i), slot = x >= 0 && x < S ? x : kNoSlot;
@@ -56,7 +57,7 @@ FWP_KERNEL void check_slots(FWP_PARAMETER DeviceIntegers from, int64_t N, int64_
   if (lane() == 0) store_shared(bad_of_warp + warp(), any);
   sync_block();
   for (int w = 0; w < block_threads() / kWarpSize; ++w) any |= load_shared(bad_of_warp + w);
-  if (any != 0 && thread_index() == 0) store_global(fault, static_cast<int32_t>(IntegerFault::state_indices));
+  if (any != 0 && thread_index() == 0) store_global(fault, number);
 }
 
 }  // namespace fwp::cuda

@@ -11,8 +11,11 @@ namespace fwp::cuda::features {
 struct Shape {
   int64_t B, T, heads;
 };
-void forward(const Features& f, const Shape& shape, const Rows& x, const Rows& y, Queue& queue);
+void forward(const Features& f, const Shape& shape, const Rows& x, const Rows& y, void* workspace, Queue& queue);
 // From dy [.., f.outputs] and x the gradient dx [.., f.inputs].
-void backward(const Features& f, const Shape& shape, const Rows& dy, const Rows& x, const Rows& dx, Queue& queue);
+void backward(const Features& f, const Shape& shape, const Rows& dy, const Rows& x, const Rows& dx, void* workspace,
+              Queue& queue);
+// Bytes of their workspace: none where rows fit into shared memory. Backward takes more than forward.
+size_t workspace(const Features& f, DType accumulation, int device, bool backward);
 
 }  // namespace fwp::cuda::features

@@ -1,7 +1,8 @@
 // The feature maps and normalisations of cpp/features as kernels have them: a pack is a warp, one number in each lane,
-// and rows lie in shared memory. Results of sums are the same in every lane.
+// and rows lie in a Place. Results of sums are the same in every lane.
 #pragma once
 
+#include "../place.cuh"
 #include "../primitives/primitives.cuh"
 //
 #include "../../cpp/features/features.hpp"
@@ -13,7 +14,7 @@
 
 namespace fwp::cuda {
 
-template <class T>
+template <class T, class Place>
 struct Warp {
   using Scalar = T;
   using P = T;
@@ -22,14 +23,14 @@ struct Warp {
   // n up to whole packs.
   static constexpr int64_t up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 
-  FWP_DEVICE static P load(const T* p) { return load_shared(p + lane()); }
-  FWP_DEVICE static void store(T* p, P x) { store_shared(p + lane(), x); }
+  FWP_DEVICE static P load(const T* p) { return Place::load(p + lane()); }
+  FWP_DEVICE static void store(T* p, P x) { Place::store(p + lane(), x); }
   // The first n numbers of a row; `rest` in the other lanes.
   FWP_DEVICE static P load_some(const T* p, int64_t n, P rest = P{}) {
-    return lane() < n ? load_shared(p + lane()) : rest;
+    return lane() < n ? Place::load(p + lane()) : rest;
   }
   FWP_DEVICE static void store_some(T* p, P x, int64_t n) {
-    if (lane() < n) store_shared(p + lane(), x);
+    if (lane() < n) Place::store(p + lane(), x);
   }
   FWP_DEVICE static void fence() { sync_warp(); }
 
@@ -66,7 +67,7 @@ struct Warp {
     for (int64_t i = 0; i < count; i += kWidth) {
       P total[kWidth] = {};
       for (int64_t d = lane(); d - lane() < n; d += kWidth) {
-        const P xd = d < n ? load_shared(x + d) : T(0);
+        const P xd = d < n ? Place::load(x + d) : T(0);
         FWP_UNROLL for (int r = 0; r < kWidth; ++r) if (i + r < count && d < n) total[r] +=
             load_global(rows + (i + r) * stride + d) * xd;
       }
@@ -77,8 +78,8 @@ struct Warp {
   FWP_DEVICE static void combine(const T* rows, int64_t stride, int64_t count, int64_t n, const T* w, T* out) {
     for (int64_t d = lane(); d < n; d += kWidth) {
       P total = {};
-      for (int64_t i = 0; i < count; ++i) total += load_shared(w + i) * load_global(rows + i * stride + d);
-      store_shared(out + d, total);
+      for (int64_t i = 0; i < count; ++i) total += Place::load(w + i) * load_global(rows + i * stride + d);
+      Place::store(out + d, total);
     }
   }
 

@@ -11,6 +11,7 @@
 
 #include <cmath>
 
+#include "../place.cuh"
 #include "../rows.cuh"
 #include "../rules.cuh"
 //
@@ -28,31 +29,6 @@ template <class T>
 constexpr int kQuad = 16 / static_cast<int>(sizeof(T));  // numbers of the widest access
 template <class T>
 constexpr int kRow = 3 * kBlock<T> + kQuad<T>;  // a channel of the staged rows: kr, qr, kw [C] each, then A
-
-struct InShared {
-  static constexpr bool shared = true;
-  using Index = int;  // of channels
-  template <class X>
-  FWP_DEVICE static X load(const X* p) {
-    return load_shared(p);
-  }
-  template <class X>
-  FWP_DEVICE static void store(X* p, X x) {
-    store_shared(p, x);
-  }
-};
-struct InWorkspace {
-  static constexpr bool shared = false;
-  using Index = int64_t;
-  template <class X>
-  FWP_DEVICE static X load(const X* p) {
-    return load_global(p);
-  }
-  template <class X>
-  FWP_DEVICE static void store(X* p, X x) {
-    store_global(p, x);
-  }
-};
 
 // n numbers from or to 16-byte aligned memory.
 template <class T>

@@ -141,12 +141,14 @@ struct Run {
   }
 
   void forward() {
-    cuda::Queue queue(nullptr, memory());
-    cuda::features::forward(c.f, shape, x.rows, y.rows, queue);
+    problems::Workspace workspace(cuda::features::workspace(c.f, wide, 0, false));
+    cuda::Queue queue(nullptr, memory(workspace));
+    cuda::features::forward(c.f, shape, x.rows, y.rows, workspace.data(), queue);
   }
   void backward() {
-    cuda::Queue queue(nullptr, memory());
-    cuda::features::backward(c.f, shape, dy.rows, x.rows, dx.rows, queue);
+    problems::Workspace workspace(cuda::features::workspace(c.f, wide, 0, true));
+    cuda::Queue queue(nullptr, memory(workspace));
+    cuda::features::backward(c.f, shape, dy.rows, x.rows, dx.rows, workspace.data(), queue);
   }
 
   template <class F>
@@ -172,8 +174,8 @@ struct Run {
   }
 
  private:
-  std::vector<cuda::Memory> memory() {
-    std::vector<cuda::Memory> memory;
+  std::vector<cuda::Memory> memory(problems::Workspace& workspace) {
+    std::vector<cuda::Memory> memory = {workspace.memory()};
     const auto add = [&memory](Array& a, bool writable) {
       memory.push_back({a.data(), static_cast<size_t>(a.count() * item_size(a.dtype())), writable});
     };
@@ -384,7 +386,7 @@ TEST_CASE("FAVOR+ before a norm is taken at the size of its largest feature") {
   }
 }
 
-TEST_CASE("nothing to do, and too much") {
+TEST_CASE("nothing to do, and much") {
   for (const Map map : {Map::relu, Map::softmax, Map::dpfp, Map::favor}) {
     Run no_rows(make(map, Norm::l2, 4, 2, 3), {0, 3, 2}, DType::f32, DType::f32, 0);
     no_rows.forward();
@@ -398,6 +400,27 @@ TEST_CASE("nothing to do, and too much") {
   Run large(make(Map::dpfp, Norm::none, 1000, 3), {1, 1, 1}, DType::f32, DType::f32, 0);
   large.forward();
   CHECK(distance(large.all(large.y, 6000), expected(large)) < 1e-6);
-  Run too_large(make(Map::dpfp, Norm::none, 6000, 1), {1, 1, 1}, DType::f32, DType::f32, 0);
-  CHECK_THROWS_AS(too_large.forward(), cuda::Error);
+  Run larger(make(Map::dpfp, Norm::none, 6000, 1), {1, 1, 1}, DType::f32, DType::f32, 0);
+  larger.forward();
+  CHECK(distance(larger.all(larger.y, 12000), expected(larger)) < 1e-6);
+}
+
+TEST_CASE("rows that are too large for shared memory are worked on in the workspace, to the same bits") {
+  const problems::Emulator emulator(true, "random");
+  const auto compare = [](const Case& c, cuda::features::Shape shape) {
+    CAPTURE(name(c));
+    Run usual(c, shape, DType::bf16, DType::f32, 1), large(c, shape, DType::bf16, DType::f32, 1);
+    usual.forward();
+    usual.backward();
+    const size_t bytes = cuda::emulated_shared_bytes;
+    cuda::emulated_shared_bytes = 64;
+    CHECK(cuda::features::workspace(c.f, DType::f32, 0, true) > 0);
+    large.forward();
+    large.backward();
+    cuda::emulated_shared_bytes = bytes;
+    CHECK(same(usual.all(usual.y, c.f.outputs), large.all(large.y, c.f.outputs)));
+    CHECK(same(usual.all(usual.dx, c.f.inputs), large.all(large.dx, c.f.inputs)));
+  };
+  for (const Case& c : cases(33)) compare(c, {1, 3, 2});
+  compare(make(Map::relu, Norm::l2, 3), {3, 50, 2});  // more rows than warps
 }
