@@ -36,6 +36,11 @@ def measure(T: int, calls: int) -> dict[str, float]:
         for x in inputs:
             x.grad = None
 
+    def products() -> None:
+        torch.autograd.backward(inputs[0] * inputs[1] * inputs[2], do)
+        for x in inputs:
+            x.grad = None
+
     def without_gradients() -> object:
         with torch.no_grad():
             return fwp.delta_rule(*inputs)
@@ -44,6 +49,7 @@ def measure(T: int, calls: int) -> dict[str, float]:
         "forward": median(lambda: fwp.delta_rule(*inputs), calls),
         "forward and backward": median(both, calls),
         "forward, no_grad": median(without_gradients, calls),
+        "q * k * v and backward": median(products, calls),
         "NumPy: forward": median(lambda: fwp.delta_rule(*arrays), calls),
         "NumPy: vjp": median(lambda: fwp.vjp(fwp.delta_rule, *arrays)[1](do.numpy()), calls),
     }

@@ -1,4 +1,4 @@
-"""The sdist, the wheel, an editable install: complete, small, usable from C, CMake, pkg-config and Cython."""
+"""The sdist, the wheel, an editable install: complete, small, usable from C, CMake, Cython and an old JAX."""
 
 import ast
 import os

@@ -406,7 +406,7 @@ def test_the_benchmark_of_calls(capsys):
     benchmark.main(["--calls", "10"])
     torch.set_num_threads(threads)
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert all(float(row.split()[-2]) > 0 for row in rows)
 
 
