@@ -5,9 +5,8 @@
 namespace fwp::cuda::chunk {
 
 bool serves(const Problem& p) {
-  constexpr int64_t kFewTokens = 32;  // below, most of a chunk would be padding
-  return (p.dtype == DType::f16 || p.dtype == DType::bf16) && !p.attention_norm && !p.step && p.T >= kFewTokens &&
-         p.K > 0 && p.K <= kMostKeys && p.V > 0;
+  return (p.dtype == DType::f16 || p.dtype == DType::bf16) && !p.attention_norm && !p.step && p.T > 0 && p.K > 0 &&
+         p.K <= kMostKeys && p.V > 0;
 }
 
 size_t forward_workspace(const Problem& p, int64_t window) {

@@ -40,7 +40,7 @@ FWP_DEVICE uint32_t written_adjoints(float (&dU)[8][4], const Stage& stage, floa
     load_tokens(up, P_up, i);
     FWP_UNROLL for (int r = 0; r < 4; ++r) x[i][r] *= q_up[r % 2] * up[r % 2] * factor;
   }
-  const uint32_t most = to_a(d_o, scale, x);
+  const uint32_t most = tokens_to_a(d_o, scale, x);
   FWP_UNROLL for (int half = 0; half < 2; ++half) {
     float inside[4][4];
     multiply_lower(inside, d_o, P, half);
@@ -65,7 +65,7 @@ FWP_DEVICE uint32_t solve_adjoint(float (&x)[8][4], const Stage& stage, const Ha
     load_tokens(T_up, stage.T_up, i);
     FWP_UNROLL for (int r = 0; r < 4; ++r) x[i][r] *= T_up[r % 2];
   }
-  const uint32_t most = to_a(a, scale, x);
+  const uint32_t most = tokens_to_a(a, scale, x);
   FWP_UNROLL for (int half = 0; half < 2; ++half) {
     float y[4][4];
     multiply_lower(y, a, T, half);

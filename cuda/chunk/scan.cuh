@@ -209,7 +209,7 @@ template <class Stage>
 FWP_DEVICE uint32_t solve(float (&e)[8][4], const Stage& stage, const Half* T) {
   uint32_t R[4][4];
   Scale scale[2];
-  const uint32_t most = to_a(R, scale, e);
+  const uint32_t most = tokens_to_a(R, scale, e);
   clear(e);
   multiply<kChunk, Sum::along, 8>(e, R[0], T, 0, 0);
   multiply<kChunk, Sum::along, 6>(e + 2, R[1], T, 16, 16);
@@ -388,7 +388,7 @@ FWP_KERNEL void scan(FWP_PARAMETER Scan x) {
       load_tokens(strength, stage.beta, i);
       FWP_UNROLL for (int r = 0; r < 4; ++r) e[i][r] *= strength[r % 2] * k_up[r % 2];
     }
-    if constexpr (output || decays == Decay::none) most = larger(most, to_a(U, U_scale, e));
+    if constexpr (output || decays == Decay::none) most = larger(most, tokens_to_a(U, U_scale, e));
     if constexpr (decays != Decay::none) {
       FWP_UNROLL for (int i = 0; i < 8; ++i) {
         float decay_left[2];

@@ -5,8 +5,9 @@
 //
 // Ranges. Float16 reaches from 2^-24 to 2^16, so numbers stand in a tile divided by a power of two, which is exact: the
 // largest magnitude of whatever shares the Scale, a row or a column, then lies in [2^14, 2^15). What is 2^-29 of it or
-// less loses digits, and is gone at 2^-40 of it. Where a Scale spans tokens, that is all that a token of the future can
-// change in the past: the one exception to causality in bits.
+// less loses digits, and is gone at 2^-40 of it. Where a Scale spans tokens, a head with such is given up
+// (tokens_to_a); the digits left are all that a token of the future can change in the past, the one exception to
+// causality in bits.
 //
 // Fragments. A warp multiplies a[16][16] b[16][8] into d[16][8]. Of lane l, with g = l / 4 and t = l % 4:
 //   d[0..1]  row g,     columns 2t, 2t + 1           a[0] row g, columns 2t, 2t + 1      a[2] the same, columns + 8
@@ -315,6 +316,22 @@ FWP_DEVICE uint32_t to_a(uint32_t (&a)[N / 2][4], Scale (&scale)[2], const float
   const uint32_t most = row_scales(scale, d);
   FWP_UNROLL for (int k = 0; k < N / 2; ++k) to_a(a[k], d[2 * k], d[2 * k + 1], scale);
   return most;
+}
+
+// As to_a, for numbers of tokens (columns) that others do not make insignificant: a product with a triangle leaves them
+// alone. Infinite where a token, by the two rows of a lane, is too small beside the largest to keep its digits.
+template <int N>
+FWP_DEVICE uint32_t tokens_to_a(uint32_t (&a)[N / 2][4], Scale (&scale)[2], const float (&d)[N][4]) {
+  constexpr uint32_t kMostRange = 27u << 23;  // as an exponent: 2^-39 of the largest is lost
+  uint32_t least = kInfinite;                 // but one, so that zeros are none
+  FWP_UNROLL for (int n = 0; n < N; ++n) {
+    FWP_UNROLL for (int t = 0; t < 2; ++t) {
+      const uint32_t token = larger(magnitude(d[n][t]), magnitude(d[n][t + 2])) - 1;
+      least = token < least ? token : least;
+    }
+  }
+  const uint32_t most = to_a(a, scale, d);
+  return least + kMostRange < most ? kInfinite : most;
 }
 
 // d[16][8] into rows m.. and columns n.. of a tile, rows divided by their scale.
