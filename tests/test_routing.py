@@ -82,6 +82,17 @@ def test_routed_functions_keep_their_face(name):
 
 
 @pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_functions_of_a_framework_have_the_same_parameters(framework, name):
+    pytest.importorskip(framework)
+    theirs = inspect.signature(getattr(getattr(fwp, framework), name)).parameters
+    own = {"twice_differentiable"} if framework == "jax" else set()
+    expected = inspect.signature(getattr(fwp, name)).parameters
+    found = [(x.name, x.kind, x.default) for x in theirs.values() if x.name not in own]
+    assert found == [(x.name, x.kind, x.default) for x in expected.values()]
+
+
+@pytest.mark.parametrize("name", ROUTED)
 def test_a_call_without_its_array_is_refused_by_name(name):
     with pytest.raises(TypeError, match=rf"{name}\(\) missing .*'{ROUTED[name]}'"):
         getattr(fwp, name)()

@@ -252,17 +252,29 @@ def diagnose(
     beta: Tensor | None = None,
     g: Tensor | None = None,
     *,
+    feature_map: FeatureMap | None = None,
+    qk_norm: QKNorm | None = None,
+    attention_norm: bool = False,
+    eps: float = 1e-6,
+    scale: float = 1.0,
     initial_state: Tensor | None = None,
     cu_seqlens: Integers | None = None,
-    **options: Any,
 ) -> diagnostics.Diagnostics:
     """Return the probes of :func:`fwp_core.diagnose`, NumPy arrays, measured where the tensors are."""
     rule = getattr(ops, _rule(fn))
-    check_options(None, options.get("eps"), options.get("scale"))
+    check_options(None, eps, scale)
     *arrays, initial_state = (_precise(x) for x in _plain(_INPUTS, (q, k, v, beta, g, initial_state)))
     measure = inspect.unwrap(diagnostics.diagnose)  # what takes any array
     found: diagnostics.Diagnostics = measure(
-        rule, *arrays, initial_state=initial_state, cu_seqlens=_lengths(cu_seqlens), **options
+        rule,
+        *arrays,
+        feature_map=feature_map,
+        qk_norm=qk_norm,
+        attention_norm=attention_norm,
+        eps=eps,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=_lengths(cu_seqlens),
     )
     return found
 
