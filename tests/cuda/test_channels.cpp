@@ -118,3 +118,16 @@ TEST_CASE("every number of dg has its digits, as far as what flows past its toke
         CHECK(worst < 6e-4);
       }
 }
+
+TEST_CASE("products of the gradients that are out of range are given up") {
+  const Emulator emulator(false);
+  for (const Rule rule : kRules)
+    for (const Decay decay : {Decay::scalar, Decay::channel}) {
+      CAPTURE(static_cast<int>(rule));
+      CAPTURE(static_cast<int>(decay));
+      Case x(small(rule, decay));
+      for (Tensor Case::* huge : {&Case::v, &Case::h0, &Case::d_o, &Case::d_hT})
+        for (int64_t i = 0; i < (x.*huge).array.count(); ++i) (x.*huge).array.set(i, 1e25 * (x.*huge).array.get(i));
+      CHECK(run(x, true) == Left{1});
+    }
+}
