@@ -326,7 +326,7 @@ FWP_DEVICE uint32_t tokens_to_a(uint32_t (&a)[N / 2][4], Scale (&scale)[2], cons
   uint32_t least = kInfinite;                 // but one, so that zeros are none
   FWP_UNROLL for (int n = 0; n < N; ++n) {
     FWP_UNROLL for (int t = 0; t < 2; ++t) {
-      const uint32_t token = larger(magnitude(d[n][t]), magnitude(d[n][t + 2])) - 1;
+      const uint32_t token = bits_of(fmaxf(fabsf(d[n][t]), fabsf(d[n][t + 2]))) - 1;
       least = token < least ? token : least;
     }
   }
