@@ -20,7 +20,8 @@ MODELS = {
     ("linear", "scalar"): "simple_gla",
     ("linear", "none"): "linear",
 }
-SHAPES = ((8, 8192, 16), (8, 2048, 16), (1, 32768, 32), (1, 32768, 8), (1, 131072, 32))  # B, T, H
+# B, T, H
+SHAPES = ((8, 8192, 16), (8, 2048, 16), (1, 32768, 32), (1, 32768, 8), (1, 131072, 32), (1, 256, 16))
 SIZES = (128, 64)
 DECODING = ((256, 16), (256, 32))  # B, H
 MODES = {"forward": "fwd", "forward+backward": "fwd+bwd", "step": "step"}
@@ -61,7 +62,9 @@ def decoding(dry: bool) -> list[Case]:
 def checked(dry: bool) -> list[Case]:
     """What is compared with float64 on the CPU, the gradients too."""
     T, sizes = (64, (32,)) if dry else (1024, SIZES)
-    return [case(*kind, "forward+backward", 1, T, 2, D) for D in sizes for kind in MODELS]
+    cases = [case(*kind, "forward+backward", 1, T, 2, D) for D in sizes for kind in MODELS]
+    # Sequences that are cut into segments, too.
+    return cases if dry else [*cases, case("delta", "scalar", "forward+backward", 1, 16384, 1, 64)]
 
 
 def tuned(dry: bool) -> list[Case]:

@@ -249,7 +249,7 @@ void Array::read_foreign(const char* name, py::handle object, bool to_write, con
   } else {
     const DLDevice device = device_of(name, object);
     const bool near = like != nullptr && like->on_device() && like->tensor_.device.device_id == device.device_id;
-    if (is_cuda(device)) stream_ = near ? like->stream_ : work_stream(object, device);
+    if (is_cuda(device)) stream_ = near ? like->stream_ : work_stream(name, object, device);
     managed = take(name, object, is_cuda(device) ? &stream_ : nullptr);
     view(managed.tensor());
   }

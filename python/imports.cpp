@@ -129,7 +129,11 @@ DLDevice device_of(const char* name, py::handle object) {
   }
 }
 
-Stream work_stream(py::handle object, DLDevice device) {
+Stream work_stream(const char* name, py::handle object, DLDevice device) {
+  if (module_name(object) == "torch")
+    raise(
+        FWP_UNSUPPORTED_ERROR,
+        std::string(name) + ": expected a tensor of torch 2.10 or newer, which tells its stream, got one of an older");
   if (module_name(object) != "cupy") return {kDefaultStream, {}};
   const py::object stream = py::module_::import("cupy").attr("cuda").attr("get_current_stream")(device.device_id);
   void* const handle = reinterpret_cast<void*>(stream.attr("ptr").cast<uintptr_t>());

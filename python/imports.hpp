@@ -44,7 +44,7 @@ bool has_dlpack(pybind11::handle object);
 // The device of the array, on the CPU if it does not say, and the stream that its framework puts work on there now:
 // the default one where that cannot be asked for.
 DLDevice device_of(const char* name, pybind11::handle object);
-Stream work_stream(pybind11::handle object, DLDevice device);
+Stream work_stream(const char* name, pybind11::handle object, DLDevice device);
 Stream work_stream(const char* name, const dlpack::ExchangeApi& api, DLDevice device);
 
 // The tensor that the array hands out; where its framework refuses, UnsupportedError with that error as its cause. Its

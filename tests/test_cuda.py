@@ -4,6 +4,7 @@ import copy
 import ctypes
 import gc
 import itertools
+import os
 import random
 import sys
 import types
@@ -221,8 +222,8 @@ def test_packed_sequences(framework, rule, where, integer):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Several times as fast, without what the emulator looks for."""
-    monkeypatch.setenv("FWP_SIMT_CHECK", "0")
+    """Several times as fast, without what the emulator looks for; not where every case is wanted."""
+    monkeypatch.setenv("FWP_SIMT_CHECK", os.environ.get("FWP_EVERY_CASE", "0"))
 
 
 @EVERY_RULE
@@ -540,6 +541,14 @@ def test_the_current_stream_of_cupy(monkeypatch):
     there = case.map(ndarray)
     scan(there)
     assert there.q.streams == [1]  # 0 is no stream of DLPack's
+
+
+def test_torch_that_does_not_tell_its_stream():
+    class Tensor(DeviceArray):
+        __module__ = "torch"
+
+    with pytest.raises(fwp.UnsupportedError, match=r"^q: expected a tensor of torch 2\.10 or newer"):
+        scan(make_case("linear", **SMALL).map(Tensor))
 
 
 def test_integers_of_another_framework():

@@ -20,7 +20,7 @@ gpu, gpu_cases, gpu_peers = map(importlib.import_module, ("gpu", "gpu_cases", "g
 
 def test_cases_are_those_of_the_plan():
     names = [gpu_cases.name(case) for case in gpu_cases.timed(False) + gpu_cases.decoding(False)]
-    assert len(set(names)) == len(names) == 6 * 5 * 2 * 2 + 6
+    assert len(set(names)) == len(names) == 6 * 6 * 2 * 2 + 6
     assert names[-6] == "gdn step B256 T1 H16 D128"
     assert "kda fwd+bwd B1 T131072 H32 D64" in names
     checked = {(gpu_cases.model(case), case.K) for case in gpu_cases.checked(False)}

@@ -2,8 +2,8 @@
 // the same name. A kernel touches shared and global memory through them only, so that the emulator sees it.
 //
 //   FWP_KERNEL FWP_DEVICE                    before a kernel, before a function of kernels
-//   FWP_BOUNDS(threads, blocks)              after FWP_KERNEL: of a block, and of blocks at once, which bounds
-//   registers FWP_PARAMETER                            before the type of a struct that is a kernel's parameter
+//   FWP_BOUNDS(threads, blocks)              after FWP_KERNEL: of a block, and of blocks at once; it bounds registers
+//   FWP_PARAMETER                            before the type of a struct that is a kernel's parameter
 //   FWP_UNROLL                               before a loop whose variables shall be registers
 //   thread_index() block_index_x() .. block_threads() lane() warp()
 //   shared_memory()                          dynamic shared memory of the block, aligned to 16 bytes

@@ -222,6 +222,9 @@ std::vector<Case> every_case() {
         cases.push_back({delta, decay, type, 1, 70, 2, 64, 64});
         cases.push_back({delta, decay, type, 1, 130, 1, 128, 128});
       }
+  cases.push_back({true, 2, kF32, 1, 1030, 1, 16, 16});  // cut into segments
+  cases.push_back({false, 1, kBf16, 1, 2100, 1, 32, 32});
+  cases.push_back({true, 1, kF32, 1, 5, 1, 1000, 8});  // states in the workspace
   return cases;
 }
 

@@ -28,7 +28,7 @@
  *   - workspace: NULL (the library's own: up to 1 MiB is kept for the thread's next call, so that steps allocate
  *     nothing), or memory aligned to 64 bytes of at least the size that the *_workspace query of the same call
  *     returned; of a device, if the tensors are. stream: NULL for CPU tensors, else the cudaStream_t on which the work
- *     is put; nothing waits for the device, and the calls can be captured in CUDA graphs. What only kernels can see, as
+ *     is put; nothing waits for the device, as a capture in a CUDA graph demands. What only kernels can see, as
  *     wrong values in cu_seqlens on a device, the next call reports as FWP_CUDA_ERROR.
  *   - Structs start with struct_size; set it with the FWP_..._INIT macros, so that fields can be added later. Fields
  *     beyond those that this version knows must be zero.
