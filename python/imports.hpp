@@ -42,7 +42,7 @@ const dlpack::ExchangeApi* exchange_api(pybind11::handle object);
 bool has_dlpack(pybind11::handle object);
 
 // The device of the array, on the CPU if it does not say, and the stream that its framework puts work on there now:
-// the default one where that cannot be asked for.
+// the default one where that cannot be asked for. A torch that does not tell its stream is an UnsupportedError.
 DLDevice device_of(const char* name, pybind11::handle object);
 Stream work_stream(const char* name, pybind11::handle object, DLDevice device);
 Stream work_stream(const char* name, const dlpack::ExchangeApi& api, DLDevice device);

@@ -322,8 +322,8 @@ FWP_DEVICE uint32_t to_a(uint32_t (&a)[N / 2][4], Scale (&scale)[2], const float
 // alone. Infinite where a token, by the two rows of a lane, is too small beside the largest to keep its digits.
 template <int N>
 FWP_DEVICE uint32_t tokens_to_a(uint32_t (&a)[N / 2][4], Scale (&scale)[2], const float (&d)[N][4]) {
-  constexpr uint32_t kMostRange = 27u << 23;  // as an exponent: 2^-39 of the largest is lost
-  uint32_t least = kInfinite;                 // but one, so that zeros are none
+  constexpr uint32_t kMostRange = 27u << 23;  // 2^27, as what is added to a float's bits: 12 bits are left
+  uint32_t least = kInfinite;                 // of the tokens' bits less one, which are the largest for zeros
   FWP_UNROLL for (int n = 0; n < N; ++n) {
     FWP_UNROLL for (int t = 0; t < 2; ++t) {
       const uint32_t token = bits_of(fmaxf(fabsf(d[n][t]), fabsf(d[n][t + 2]))) - 1;
