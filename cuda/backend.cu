@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,47 @@ Outcome guarded(const Body& body) {
     std::snprintf(error_of_thread, sizeof error_of_thread, "%s", error.what());
     return Outcome::failed;
   }
+}
+
+// ---- calls by their names, and what their kernels find wrong ----
+
+enum Kind : int32_t { kForward, kBackward, kStep, kDiagnose, kMap, kKinds };
+constexpr const char* kNames[kKinds][2] = {{"linear_attention", "delta_rule"},
+                                           {"linear_attention_backward", "delta_rule_backward"},
+                                           {"linear_attention_step", "delta_rule_step"},
+                                           {"diagnose", "diagnose"},
+                                           {"feature map", "feature map"}};
+struct Call {
+  Kind kind;
+  Rule rule;
+
+  Call(Kind of, const Problem& p) : kind(of == kForward && p.step ? kStep : of), rule(p.rule) {}
+  Call(Kind kind_, Rule rule_) : kind(kind_), rule(rule_) {}
+  const char* name() const { return kNames[kind][rule == Rule::delta ? 1 : 0]; }
+};
+
+// In the device's word, which is 0 where there is none.
+struct Fault {
+  Call call;
+  bool of_slots;  // else of offsets
+
+  int32_t word() const { return 1 + (of_slots ? 1 : 0) + (call.rule == Rule::delta ? 2 : 0) + 4 * call.kind; }
+  static Fault of(int32_t word) {
+    const int32_t x = word - 1;
+    return {{static_cast<Kind>(x / 4), x / 2 % 2 == 1 ? Rule::delta : Rule::linear}, x % 2 == 1};
+  }
+  std::string message() const {
+    return std::string(call.name()) +
+           (of_slots ? ", an earlier call: state_indices: expected slots from 0 to S-1, or -1 for none; sequences with "
+                       "others were left out"
+                     : ", an earlier call: cu_seqlens: expected offsets that start with 0, never fall and end with T; "
+                       "others were clamped");
+  }
+};
+
+// What kernels of earlier calls found wrong. Throws Error.
+void report_faults(int device) {
+  if (const int32_t word = take_fault(device); word != 0) throw Error(Fault::of(word).message());
 }
 
 // ---- memory that kernels may touch, for the emulator ----
@@ -113,46 +155,23 @@ void put(const int64_t* from, int64_t count, int64_t* to, Queue& queue) {
   }
 }
 
-// Calls, by the name under which what their kernels find wrong is reported. The fault word holds 1 + twice the place
-// here, and one more where it is about slots.
-constexpr const char* kCalls[] = {
-    "linear_attention",      "linear_attention_backward", "delta_rule", "delta_rule_backward",
-    "linear_attention_step", "delta_rule_step",           "diagnose"};
-enum Direction : int32_t { kForward, kBackward, kDiagnose };
-int32_t fault_of(const Problem& p, Direction direction) {
-  const int32_t rule = p.rule == Rule::delta ? 1 : 0;
-  return 1 + 2 * (direction == kDiagnose ? 6 : p.step ? 4 + rule : 2 * rule + direction);
-}
-
 // inner: p, whose offsets will be there.
-void place_integers(const Problem& p, Direction direction, Problem& inner, int64_t* integers, Queue& queue) {
+void place_integers(const Problem& p, Call call, Problem& inner, int64_t* integers, Queue& queue) {
   constexpr int kThreads = 256;
   constexpr size_t kShared = kThreads / kWarpSize * sizeof(int);
   int32_t* const fault = fault_word(p.device);
   if (p.device_cu_seqlens.data != nullptr)
     queue.run("check_offsets", check_offsets, {1}, kThreads, kShared, p.device_cu_seqlens, p.N, p.T, integers, fault,
-              fault_of(p, direction));
+              Fault{call, false}.word());
   else if (p.cu_seqlens != nullptr)
     put(p.cu_seqlens, p.N + 1, integers, queue);
 
   if (p.device_state_indices.data != nullptr)
     queue.run("check_slots", check_slots, {1}, kThreads, kShared, p.device_state_indices, p.N, p.slots, integers, fault,
-              fault_of(p, direction) + 1);
+              Fault{call, true}.word());
   else if (p.state_indices != nullptr)
     put(p.state_indices, p.N, integers, queue);
   if (p.device_state_indices.data != nullptr || p.state_indices != nullptr) inner.state_indices = integers;
-}
-
-// What kernels of earlier calls found wrong.
-void report_faults(int device) {
-  const int32_t found = take_fault(device);
-  if (found == 0) return;
-  const std::string call = kCalls[(found - 1) / 2];
-  throw Error((found - 1) % 2 == 0
-                  ? "an earlier call: cu_seqlens: expected offsets that start with 0, never fall and end with T; " +
-                        call + " computed nothing"
-                  : "an earlier call: state_indices: expected slots from 0 to S-1, or -1 for none; " + call +
-                        " left sequences with others out");
 }
 
 // ---- plans: where things lie in a workspace, functions of the problem alone ----
@@ -175,12 +194,13 @@ struct Mapped {
 
 // The problem after its features, and its integers, and what is left of the workspace.
 struct Plan {
+  Call call;
   Problem inner;
   Arena arena;
   int64_t* integers;
   void* rooms = nullptr;  // of features
 
-  Plan(const Problem& p, void* workspace) : inner(p), arena(workspace) {
+  Plan(Kind kind, const Problem& p, void* workspace) : call(kind, p), inner(p), arena(workspace) {
     // A step may have slots, which are not looked at before its memory is known.
     integers = arena.take<int64_t>(packed(p) || p.step ? p.N + 1 : 0);
     static constexpr int64_t kNowhere = 0;  // counting memory is about packed sequences, too
@@ -203,7 +223,7 @@ struct Plan {
 };
 
 void plan_forward(const Problem& p, Plan& plan, Queue* queue) {
-  if (queue != nullptr) place_integers(p, kForward, plan.inner, plan.integers, *queue);
+  if (queue != nullptr) place_integers(p, plan.call, plan.inner, plan.integers, *queue);
   plan.map(p, false, queue);
   const int64_t length = segments::length(plan.inner);
   const size_t bytes = p.step ? recurrent::step_workspace(plan.inner) : segments::forward_workspace(plan.inner, length);
@@ -213,7 +233,7 @@ void plan_forward(const Problem& p, Plan& plan, Queue* queue) {
 }
 
 void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
-  if (queue != nullptr) place_integers(p, kBackward, plan.inner, plan.integers, *queue);
+  if (queue != nullptr) place_integers(p, plan.call, plan.inner, plan.integers, *queue);
   plan.map(p, true, queue);
   const auto gradient = [&](Rows Problem::* to, Rows Problem::* of) {
     if (p.features.active() && (p.*of).data != nullptr && ((p.*to).data != nullptr || queue == nullptr))
@@ -235,7 +255,7 @@ void plan_backward(const Problem& p, Plan& plan, Queue* queue) {
 }
 
 void plan_diagnose(const Problem& p, Plan& plan, Queue* queue) {
-  if (queue != nullptr) place_integers(p, kDiagnose, plan.inner, plan.integers, *queue);
+  if (queue != nullptr) place_integers(p, plan.call, plan.inner, plan.integers, *queue);
   plan.map(p, false, queue);
   if (queue != nullptr) recurrent::diagnose(plan.inner, *queue);
 }
@@ -243,17 +263,17 @@ void plan_diagnose(const Problem& p, Plan& plan, Queue* queue) {
 // ---- the table ----
 
 size_t forward_workspace(const Problem& p) {
-  Plan plan(p, nullptr);
+  Plan plan(kForward, p, nullptr);
   plan_forward(p, plan, nullptr);
   return plan.arena.used();
 }
 size_t backward_workspace(const Problem& p) {
-  Plan plan(p, nullptr);
+  Plan plan(kBackward, p, nullptr);
   plan_backward(p, plan, nullptr);
   return plan.arena.used();
 }
 size_t diagnose_workspace(const Problem& p) {
-  Plan plan(p, nullptr);
+  Plan plan(kDiagnose, p, nullptr);
   plan_diagnose(p, plan, nullptr);
   return plan.arena.used();
 }
@@ -264,14 +284,21 @@ int64_t checkpoint_elements(const Problem&) { return 0; }
 
 // Runs the kernels of a plan on the problem's device and stream.
 template <class Body>
-Outcome on_device(const Problem& p, int64_t outputs, void* workspace, size_t (*query)(const Problem&),
+Outcome on_device(const Problem& p, Kind kind, int64_t outputs, void* workspace, size_t (*query)(const Problem&),
                   const Body& body) {
   return guarded([&] {
-    const UseDevice use(p.device);
+    Plan plan(kind, p, workspace);
+    std::optional<UseDevice> use;
+    try {
+      use.emplace(p.device);
+      fault_word(p.device);
+    } catch (const Error& error) {
+      throw Error(std::string(plan.call.name()) + ": " + error.what());
+    }
     report_faults(p.device);
     const size_t bytes = kEmulated ? query(p) : 0;
-    Queue queue(p.stream, kEmulated ? memory_of(p, outputs, workspace, bytes) : std::vector<Memory>());
-    Plan plan(p, workspace);
+    Queue queue(p.stream, plan.call.name(),
+                kEmulated ? memory_of(p, outputs, workspace, bytes) : std::vector<Memory>());
     body(plan, queue);
     if (kEmulated && plan.arena.used() > bytes)
       throw Error("workspace: a query said " + std::to_string(bytes) + " bytes, the call took " +
@@ -280,22 +307,22 @@ Outcome on_device(const Problem& p, int64_t outputs, void* workspace, size_t (*q
 }
 
 Outcome forward(const Problem& p, void* workspace) {
-  return on_device(p, p.V, workspace, forward_workspace,
+  return on_device(p, kForward, p.V, workspace, forward_workspace,
                    [&](Plan& plan, Queue& queue) { plan_forward(p, plan, &queue); });
 }
 Outcome backward(const Problem& p, void* workspace) {
-  return on_device(p, p.V, workspace, backward_workspace,
+  return on_device(p, kBackward, p.V, workspace, backward_workspace,
                    [&](Plan& plan, Queue& queue) { plan_backward(p, plan, &queue); });
 }
 Outcome diagnose(const Problem& p, void* workspace) {
-  return on_device(p, kProbes, workspace, diagnose_workspace,
+  return on_device(p, kDiagnose, kProbes, workspace, diagnose_workspace,
                    [&](Plan& plan, Queue& queue) { plan_diagnose(p, plan, &queue); });
 }
 Outcome map_rows(const Problem& p, void* workspace) {
   Problem one_head = p;  // as memory_of looks at it
   one_head.N = one_head.H = 1;
   one_head.V = p.K;
-  return on_device(one_head, p.K, workspace, map_workspace, [&](Plan&, Queue& queue) {
+  return on_device(one_head, kMap, p.K, workspace, map_workspace, [&](Plan&, Queue& queue) {
     const features::Shape shape{1, p.T, 1};
     if (p.d_o.data == nullptr)
       features::forward(p.features, shape, p.q, p.o, workspace, queue);
@@ -304,6 +331,12 @@ Outcome map_rows(const Problem& p, void* workspace) {
   });
 }
 
+Outcome check(int device) {
+  return guarded([&] {
+    const UseDevice use(device);
+    report_faults(device);
+  });
+}
 Outcome allocate(int device, size_t bytes, void* stream, void** memory) {
   return guarded([&] {
     const UseDevice use(device);
@@ -346,6 +379,7 @@ extern "C" __attribute__((visibility("default"))) const fwp::Backend* fwp_cuda_b
                                   fwp::cuda::backward,
                                   fwp::cuda::diagnose,
                                   fwp::cuda::map_rows,
+                                  fwp::cuda::check,
                                   [] { return static_cast<const char*>(fwp::cuda::error_of_thread); },
                                   fwp::cuda::allocate,
                                   fwp::cuda::deallocate,

@@ -1,11 +1,13 @@
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <string>
 #include <utility>
 
 #include "device.hpp"
 
 #ifdef __CUDACC__
+#include <atomic>
 #include <mutex>
 #endif
 
@@ -16,9 +18,7 @@ namespace fwp::cuda {
 namespace {
 
 void check(const char* name, cudaError_t status) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // reported here, so that nobody meets it again
-  throw Error(std::string(name) + ": " + cudaGetErrorString(status));
+  if (const char* const error = error_of(status)) throw Error(std::string(name) + ": " + error);
 }
 
 size_t idle_limit() {
@@ -30,17 +30,17 @@ size_t idle_limit() {
 constexpr int kMostDevices = 64;
 
 struct Device {
-  std::once_flag once;
-  cudaMemPool_t pool = nullptr;
-  int32_t* fault = nullptr;
+  std::mutex mutex;  // while something is made
+  std::atomic<int32_t*> fault{nullptr};
+  std::atomic<cudaMemPool_t> pool{nullptr};
 };
 Device devices[kMostDevices];
 
 // While this exists, calls that are not for streams do not disturb what this thread captures into a graph.
 class BesideCapture {
  public:
-  BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCapture() { error_of(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~BesideCapture() { error_of(cudaThreadExchangeStreamCaptureMode(&mode_)); }
   BesideCapture(const BesideCapture&) = delete;
   BesideCapture& operator=(const BesideCapture&) = delete;
 
@@ -48,24 +48,35 @@ class BesideCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Made when the device is first used, and kept: streams of the caller may outlive any of our objects.
 Device& device_of(int number) {
   if (number < 0 || number >= kMostDevices) throw Error("cuda:" + std::to_string(number) + ": no such device");
-  Device& device = devices[number];
-  std::call_once(device.once, [&] {
-    const BesideCapture beside;
-    void* word = nullptr;
-    check("cudaHostAlloc", cudaHostAlloc(&word, sizeof(int32_t), cudaHostAllocMapped | cudaHostAllocPortable));
-    device.fault = static_cast<int32_t*>(word);
-    *device.fault = 0;
+  return devices[number];
+}
+
+// Made when it is first needed, and kept: streams of the caller may outlive any of our objects.
+template <class X, class Make>
+X made_once(Device& device, std::atomic<X>& there, const Make& make) {
+  if (const X found = there.load()) return found;
+  const std::lock_guard<std::mutex> lock(device.mutex);
+  if (const X found = there.load()) return found;
+  const BesideCapture beside;
+  const X made = make();
+  there = made;
+  return made;
+}
+
+cudaMemPool_t pool_of(int number) {
+  Device& device = device_of(number);
+  return made_once(device, device.pool, [&] {
     cudaMemPoolProps properties = {};
     properties.allocType = cudaMemAllocationTypePinned;
     properties.location = {cudaMemLocationTypeDevice, number};
-    check("cudaMemPoolCreate", cudaMemPoolCreate(&device.pool, &properties));
+    cudaMemPool_t pool = nullptr;
+    check("cudaMemPoolCreate", cudaMemPoolCreate(&pool, &properties));
     uint64_t keep = idle_limit();
-    check("cudaMemPoolSetAttribute", cudaMemPoolSetAttribute(device.pool, cudaMemPoolAttrReleaseThreshold, &keep));
+    error_of(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));  // without it, all is handed back
+    return pool;
   });
-  return device;
 }
 
 }  // namespace
@@ -73,16 +84,11 @@ Device& device_of(int number) {
 const char* device_state() {
   static const std::string state = [] {
     int count = 0;
-    const cudaError_t status = cudaGetDeviceCount(&count);
-    if (status != cudaSuccess) {
-      cudaGetLastError();
-      return std::string(cudaGetErrorString(status));
-    }
+    if (const char* const error = error_of(cudaGetDeviceCount(&count))) return std::string(error);
     for (int i = 0, major = 0; i < count; ++i) {
-      if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i) == cudaSuccess && major >= 8)
+      if (!error_of(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i)) && major >= 8)
         return std::string("available");
     }
-    cudaGetLastError();
     return std::string("without a device of compute capability 8.0 or newer");
   }();
   return state.c_str();
@@ -96,19 +102,17 @@ UseDevice::UseDevice(int device) {
 }
 
 UseDevice::~UseDevice() {
-  if (changed_) cudaSetDevice(before_);
+  if (changed_) error_of(cudaSetDevice(before_));
 }
 
 void* device_allocate(int device, size_t bytes, void* stream) {
   void* memory = nullptr;
   const cudaError_t status =
-      cudaMallocFromPoolAsync(&memory, bytes, device_of(device).pool, static_cast<cudaStream_t>(stream));
-  if (status == cudaErrorMemoryAllocation) {
-    cudaGetLastError();
-    return nullptr;
-  }
-  check("cudaMallocFromPoolAsync", status);
-  return memory;
+      cudaMallocFromPoolAsync(&memory, bytes, pool_of(device), static_cast<cudaStream_t>(stream));
+  const char* const error = error_of(status);
+  if (error == nullptr) return memory;
+  if (status == cudaErrorMemoryAllocation) return nullptr;
+  throw Error(std::string("cudaMallocFromPoolAsync: ") + error);
 }
 
 void device_free(int, void* memory, void* stream) {
@@ -117,7 +121,7 @@ void device_free(int, void* memory, void* stream) {
 
 void device_trim() {
   for (Device& device : devices)
-    if (device.pool != nullptr) cudaMemPoolTrimTo(device.pool, 0);
+    if (const cudaMemPool_t pool = device.pool) error_of(cudaMemPoolTrimTo(pool, 0));
 }
 
 void device_copy(void* to, const void* from, size_t bytes, void* stream) {
@@ -128,13 +132,21 @@ void device_wait(void* from, void* to) {
   cudaEvent_t reached = nullptr;
   check("cudaEventCreate", cudaEventCreateWithFlags(&reached, cudaEventDisableTiming));
   const cudaError_t recorded = cudaEventRecord(reached, static_cast<cudaStream_t>(from));
-  const cudaError_t status =
-      recorded == cudaSuccess ? cudaStreamWaitEvent(static_cast<cudaStream_t>(to), reached, 0) : recorded;
-  cudaEventDestroy(reached);  // when it has been reached
-  check("cudaStreamWaitEvent", status);
+  const cudaError_t waits =
+      recorded == cudaSuccess ? cudaStreamWaitEvent(static_cast<cudaStream_t>(to), reached, 0) : cudaSuccess;
+  error_of(cudaEventDestroy(reached));  // when it has been reached
+  check("cudaEventRecord", recorded);
+  check("cudaStreamWaitEvent", waits);
 }
 
-int32_t* fault_word(int device) { return device_of(device).fault; }
+int32_t* fault_word(int number) {
+  Device& device = device_of(number);
+  return made_once(device, device.fault, [] {
+    void* word = nullptr;
+    check("cudaHostAlloc", cudaHostAlloc(&word, sizeof(int32_t), cudaHostAllocMapped | cudaHostAllocPortable));
+    return new (word) int32_t(0);
+  });
+}
 int32_t take_fault(int device) { return __atomic_exchange_n(fault_word(device), 0, __ATOMIC_RELAXED); }
 
 #else
@@ -148,7 +160,9 @@ UseDevice::~UseDevice() = default;
 
 void* device_allocate(int, size_t bytes, void*) {
   constexpr size_t kAlignment = 256;
-  return std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  void* const memory = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  if (memory != nullptr) std::memset(memory, 0xff, bytes);  // NaN: what is read before it is written is seen
+  return memory;
 }
 void device_free(int, void* memory, void*) { std::free(memory); }
 void device_trim() {}

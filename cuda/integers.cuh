@@ -21,8 +21,8 @@ FWP_DEVICE int64_t integer_at(const DeviceIntegers& integers, int64_t i) {
                        : load_global(static_cast<const int32_t*>(integers.data) + at);
 }
 
-// Offsets that start with 0, never fall and end with T; where they do not, all become 0, so that there is nothing to
-// do, and the fault is noted, by its number. One block.
+// Offsets that start with 0, never fall and end with T; where they do not they are made to, and the fault is noted, by
+// its number. One block.
 FWP_KERNEL void check_offsets(FWP_PARAMETER DeviceIntegers from, int64_t N, int64_t T, int64_t* to, int32_t* fault,
                               int32_t number) {
   auto* const bad_of_warp = static_cast<int*>(shared_memory());
@@ -36,9 +36,19 @@ FWP_KERNEL void check_offsets(FWP_PARAMETER DeviceIntegers from, int64_t N, int6
   if (lane() == 0) store_shared(bad_of_warp + warp(), bad);
   sync_block();
   for (int w = 0; w < block_threads() / kWarpSize; ++w) bad |= load_shared(bad_of_warp + w);
-  for (int64_t i = thread_index(); i <= N; i += block_threads())
-    store_global(to + i, bad != 0 ? 0 : integer_at(from, i));
-  if (bad != 0 && thread_index() == 0) store_global(fault, number);
+  if (bad == 0) {
+    for (int64_t i = thread_index(); i <= N; i += block_threads()) store_global(to + i, integer_at(from, i));
+  } else if (thread_index() == 0) {
+    int64_t last = 0;
+    store_global(to, last);
+    for (int64_t i = 1; i < N; ++i) {
+      const int64_t x = integer_at(from, i);
+      if (x > last) last = x < T ? x : T;
+      store_global(to + i, last);
+    }
+    store_global(to + N, T);
+    store_global(fault, number);
+  }
 }
 
 // Slots from 0 to S-1, or kNoSlot; others become kNoSlot, and the fault is noted. Whether one stands there twice is not

@@ -33,16 +33,21 @@ struct Memory {
 // Shared memory that one block of threads can have on a device, by default the current one.
 #ifdef __CUDACC__
 constexpr bool kEmulated = false;
+// The runtime's words for an error, nullptr where there is none. It is cleared, so that nobody else meets it.
+inline const char* error_of(cudaError_t status) {
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(status);
+}
 inline int current_device() {
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) cudaGetLastError();
+  error_of(cudaGetDevice(&device));
   return device;
 }
 inline size_t most_shared_bytes(int device = current_device()) {
   int bytes = 0;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess)
+  if (error_of(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) == nullptr)
     return static_cast<size_t>(bytes);
-  cudaGetLastError();
   return 48 << 10;  // every device has that
 }
 #else
@@ -51,9 +56,20 @@ inline size_t emulated_shared_bytes = 227 << 10;  // tests may take less
 inline size_t most_shared_bytes(int /*device*/ = 0) { return emulated_shared_bytes; }
 #endif
 
+// Bytes of shared memory for a kernel that works in such a struct: a block can have them on every architecture, and
+// `blocks` at once on a multiprocessor of compute capability 9.0.
+template <class Shared, int blocks>
+constexpr size_t shared_of() {
+  constexpr size_t kMost = 99 << 10, kMostTogether = 228 << 10, kReserved = 1 << 10;
+  static_assert(sizeof(Shared) <= kMost && blocks * (sizeof(Shared) + kReserved) <= kMostTogether);
+  return sizeof(Shared);
+}
+
 class Queue {
  public:
-  explicit Queue(void* stream, std::vector<Memory> memory) : stream_(stream), memory_(std::move(memory)) {}
+  // call: whose errors these are.
+  Queue(void* stream, const char* call, std::vector<Memory> memory)
+      : stream_(stream), call_(call), memory_(std::move(memory)) {}
 
   // Puts kernel(arguments...) on the stream. An empty grid does nothing. Throws Error.
   template <class... Parameters, class... Arguments>
@@ -61,7 +77,7 @@ class Queue {
            const Arguments&... arguments) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     if (grid.x > Grid::kMost || std::max(grid.y, grid.z) > Grid::kMostOthers)
-      throw Error(std::string(name) + ": the problem takes more blocks of threads than a launch can have");
+      fail(name, "the problem takes more blocks of threads than a launch can have");
     launch(name, kernel, grid, threads, shared_bytes, Parameters(arguments)...);
   }
 
@@ -80,18 +96,16 @@ class Queue {
     check(name, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(size(grid.x), size(grid.y), size(grid.z)),
                                  dim3(size(threads)), pointers, shared_bytes, static_cast<cudaStream_t>(stream_)));
   }
-  static void check(const char* name, cudaError_t status) {
-    if (status == cudaSuccess) return;
-    cudaGetLastError();  // reported here, so that nobody meets it again
-    throw Error(std::string(name) + ": " + cudaGetErrorString(status));
+  void check(const char* name, cudaError_t status) const {
+    if (const char* const error = error_of(status)) fail(name, error);
   }
 #else
   template <class... Parameters>
   void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes,
               Parameters... parameters) {
     if (shared_bytes > emulated_shared_bytes)
-      throw Error(std::string(name) + ": " + std::to_string(shared_bytes) + " bytes of shared memory, more than " +
-                  std::to_string(emulated_shared_bytes));
+      fail(name, std::to_string(shared_bytes) + " bytes of shared memory, more than " +
+                     std::to_string(emulated_shared_bytes));
     const auto size = [](int64_t n) { return static_cast<unsigned>(n); };
     simt::Options options = simt::options_from_environment();
     for (const Memory& m : memory_) options.global.push_back({m.begin, m.bytes, m.writable});
@@ -99,12 +113,17 @@ class Queue {
       simt::launch({size(grid.x), size(grid.y), size(grid.z)}, size(threads), shared_bytes, options,
                    [&] { kernel(parameters...); });
     } catch (const simt::Fault& fault) {
-      throw Error(std::string(name) + ": " + fault.what());
+      fail(name, fault.what());
     }
   }
 #endif
 
+  [[noreturn]] void fail(const char* kernel, const std::string& message) const {
+    throw Error(std::string(call_) + ": " + kernel + ": " + message);
+  }
+
   void* stream_;
+  const char* call_;
   std::vector<Memory> memory_;
 };
 

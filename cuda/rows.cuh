@@ -55,6 +55,14 @@ struct Rounded<BFloat> {
   FWP_DEVICE static BFloat of(float x) { return to_bfloat(x); }
 };
 
+// Numbers of the widest access, of aligned memory.
+template <class T>
+constexpr int kQuad = 16 / static_cast<int>(sizeof(T));
+template <class T>
+struct alignas(16) Numbers {
+  T x[kQuad<T>];
+};
+
 // One number of an array whose dtype is known when the kernel runs: beta, g and their gradients, which may be float32
 // beside halves. at: in numbers.
 template <class T>

@@ -3,6 +3,7 @@
 
 #include "../cpp/scan/arena.hpp"
 #include "chunk/chunk.hpp"
+#include "flags.hpp"
 #include "forms.hpp"
 #include "recurrent/recurrent.hpp"
 #include "segments.cuh"
@@ -125,7 +126,7 @@ struct Segments {
   // The segments, A and b, and the states before each.
   void map(void* rest, Queue& queue) const {
     queue.run("cut", cut, {1}, 128, 0, p, table);
-    queue.run("clear_again", clear_again, {1}, kClearThreads, 0, again, p.N * p.H);
+    clear_flags(p, again, queue);
     if (has_matrices(p)) {
       queue.run("make_identity", make_identity<T>, {p.K}, 128, 0, p.K, identity, zeros);
       forms::forward(of_A(), rest, queue);

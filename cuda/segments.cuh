@@ -150,12 +150,6 @@ struct MatrixThreads {
   constexpr int sums() const { return threads() + 4; }  // of a column in shared memory; no bank conflicts
 };
 
-template <class T>
-struct alignas(16) Sixteen {
-  static constexpr int count = 16 / sizeof(T);
-  T x[count];
-};
-
 // Where A is a matrix a thread has a row of 8 columns, or a part of the sums of that row. Grid: N * H, columns.
 template <class T>
 FWP_KERNEL void pass_matrices(FWP_PARAMETER Pass<T> x) {
@@ -186,9 +180,9 @@ FWP_KERNEL void pass_matrices(FWP_PARAMETER Pass<T> x) {
         FWP_UNROLL_BY(8)
         for (int64_t k = begin; k < end; ++k) {
           const T a = load_global(A + k * K + d);
-          FWP_UNROLL for (int j = 0; j < C; j += Sixteen<T>::count) {
-            const auto some = load_global(reinterpret_cast<const Sixteen<T>*>(S + k * x.row + j));
-            FWP_UNROLL for (int l = 0; l < Sixteen<T>::count; ++l) sum[j + l] += a * some.x[l];
+          FWP_UNROLL for (int j = 0; j < C; j += kQuad<T>) {
+            const auto some = load_global(reinterpret_cast<const Numbers<T>*>(S + k * x.row + j));
+            FWP_UNROLL for (int l = 0; l < kQuad<T>; ++l) sum[j + l] += a * some.x[l];
           }
         }
         FWP_UNROLL for (int j = 0; j < C; ++j) store_shared(sums + j * threads.sums() + thread_index(), sum[j]);
@@ -216,13 +210,6 @@ FWP_KERNEL void hand_over(Table table, bool of_last, int64_t H, int64_t K, int64
   const int64_t segment = of_last ? load_global(table.first + n + 1) - 1 : load_global(table.first + n);
   store_global(static_cast<T*>(to.data) + state_at(to, n, h) + d * to.k + j,
                load_global(from + ((segment * H + h) * K + d) * row + j));
-}
-
-constexpr int kClearThreads = 128;
-
-// Of few sequences and heads. One block.
-FWP_KERNEL void clear_again(int32_t* again, int64_t count) {
-  for (int64_t i = thread_index(); i < count; i += kClearThreads) store_global(again + i, int32_t{0});
 }
 
 }  // namespace fwp::cuda::segments

@@ -167,6 +167,15 @@ void Array::make(const Array& like, std::initializer_list<int64_t> shape, DLData
   make(like, static_cast<int>(shape.size()), shape.begin(), dtype);
 }
 
+void Array::make_scratch(const Array& like, int64_t bytes) {
+  constexpr DLDataType kByte{kDLUInt, 8, 1};
+  if (like.kind_ == Kind::kExchange) return make(like, {bytes}, kByte);
+  kind_ = like.kind_;
+  DLTensor memory{nullptr, like.tensor_.device, 1, kByte, &bytes, nullptr, 0};
+  object_ = cupy_memory(memory.device, bytes, &memory.data);
+  view(memory);
+}
+
 py::object Array::object() const {
   if (!present()) return py::none();
   return extra_ != nullptr && extra_->taker ? hand_over(object_, extra_->taker) : object_;

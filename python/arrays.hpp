@@ -37,11 +37,16 @@ class Array {
   void make(const Array& like, int rank, const int64_t* shape, DLDataType dtype);
   void make(const Array& like, std::initializer_list<int64_t> shape, DLDataType dtype);
 
+  // Bytes of that memory, for work on the stream of `like`.
+  void make_scratch(const Array& like, int64_t bytes);
+
   bool present() const { return kind_ != Kind::kAbsent; }
   bool abstract() const { return kind_ == Kind::kAbstract; }
   bool on_device() const { return present() && !is_host(tensor_.device); }
   // Whether its framework can be asked for memory of the device: what it has itself made is known to its allocator.
-  bool allocates() const { return on_device() && kind_ == Kind::kExchange; }
+  bool allocates() const {
+    return on_device() && (kind_ == Kind::kExchange || (kind_ == Kind::kDlpack && cupy_allocates(object_, stream_)));
+  }
   void* stream() const { return stream_.handle; }  // that work with this array is put on, NULL on the CPU
   const DLTensor* tensor() const { return present() ? &tensor_ : nullptr; }
   int rank() const { return present() ? tensor_.ndim : 0; }

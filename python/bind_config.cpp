@@ -42,6 +42,7 @@ void bind_config(pybind11::module_& m) {
   m.def("cache_idle", &fwp_cache_idle);
   m.def("empty_cache", &fwp_empty_cache);
   m.def("cuda_state", &fwp_cuda_state);
+  m.def("check_device", [](int device) { check(fwp_device_check(device)); });
 }
 
 }  // namespace fwp::python

@@ -84,7 +84,7 @@ class Workspace {
     if (!in.q.allocates()) return;
     const fwp_inputs inputs = in.tensors();
     check_scan(query(&options, &inputs, &bytes_));
-    if (bytes_ != 0) memory_.make(in.q, {static_cast<int64_t>(bytes_ + kAlignment)}, {kDLUInt, 8, 1});
+    if (bytes_ != 0) memory_.make_scratch(in.q, static_cast<int64_t>(bytes_ + kAlignment));
   }
 
   void* data() const {

@@ -44,6 +44,8 @@ std::string module_name(py::handle object) {
   return name.substr(0, name.find('.'));
 }
 
+bool is_cupy(py::handle object) { return module_name(object) == "cupy"; }
+
 // The capsule of the newest protocol that the producer knows.
 py::object capsule_of(const char* name, py::handle object, const Stream* stream) {
   const py::object method = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object.ptr(), "__dlpack__"));
@@ -129,12 +131,31 @@ DLDevice device_of(const char* name, py::handle object) {
   }
 }
 
+bool cupy_allocates(py::handle object, const Stream& stream) {
+  return is_cupy(object) && stream.owner && !stream.owner.attr("is_capturing")().cast<bool>();
+}
+
+py::object cupy_memory(DLDevice device, int64_t bytes, void** data) {
+  const py::object cuda = py::module_::import("cupy").attr("cuda");
+  const py::object context = cuda.attr("Device")(device.device_id);
+  context.attr("__enter__")();
+  PyObject* const made = PyObject_CallMethod(cuda.ptr(), "alloc", "L", static_cast<long long>(bytes));
+  py::object memory = py::reinterpret_steal<py::object>(made);
+  {
+    const py::error_scope pending;
+    context.attr("__exit__")(py::none(), py::none(), py::none());
+  }
+  if (!memory) throw py::error_already_set();
+  *data = reinterpret_cast<void*>(memory.attr("ptr").cast<uintptr_t>());
+  return memory;
+}
+
 Stream work_stream(const char* name, py::handle object, DLDevice device) {
   if (module_name(object) == "torch")
     raise(
         FWP_UNSUPPORTED_ERROR,
         std::string(name) + ": expected a tensor of torch 2.10 or newer, which tells its stream, got one of an older");
-  if (module_name(object) != "cupy") return {kDefaultStream, {}};
+  if (!is_cupy(object)) return {kDefaultStream, {}};
   const py::object stream = py::module_::import("cupy").attr("cuda").attr("get_current_stream")(device.device_id);
   void* const handle = reinterpret_cast<void*>(stream.attr("ptr").cast<uintptr_t>());
   return {handle != nullptr ? handle : kDefaultStream, stream};

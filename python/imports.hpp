@@ -47,6 +47,11 @@ DLDevice device_of(const char* name, pybind11::handle object);
 Stream work_stream(const char* name, pybind11::handle object, DLDevice device);
 Stream work_stream(const char* name, const dlpack::ExchangeApi& api, DLDevice device);
 
+// CuPy has no exchange API. Memory of its allocator, for work on its current stream, is where the object is. Not while
+// the stream is captured: its pool does not know of graphs, and would give to others what a graph still uses.
+bool cupy_allocates(pybind11::handle object, const Stream& stream);
+pybind11::object cupy_memory(DLDevice device, int64_t bytes, void** data);
+
 // The tensor that the array hands out; where its framework refuses, UnsupportedError with that error as its cause. Its
 // contents are ready for work on `stream`, null on the CPU; by the exchange API, on the stream of its framework.
 Managed take(const char* name, const dlpack::ExchangeApi& api, pybind11::handle object);

@@ -99,7 +99,8 @@ def _forget(address):
 @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.POINTER(Tensor), _ADDRESS, ctypes.c_void_p, ctypes.c_void_p)
 def _allocate(prototype, out, context, set_error):
     tensor = prototype.contents
-    compact = np.empty(tensor.shape[: tensor.ndim], f"u{tensor.bits // 8}")
+    dtype = np.dtype(f"u{tensor.bits // 8}")
+    compact = np.full(tensor.shape[: tensor.ndim], np.iinfo(dtype).max, dtype)  # NaN, of floats
     made = ExchangeArray(compact, code=tensor.code, device=tuple(tensor.device))
     ExchangeArray.allocated.append(made)
     out[0] = _managed(compact, made)

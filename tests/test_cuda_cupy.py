@@ -94,3 +94,22 @@ def test_probes_come_to_the_host():
     for name, probe in fwp.diagnose(fwp.delta_rule, *case.map(cupy.asarray).inputs).probes().items():
         assert type(probe) is np.ndarray
         assert relative_error(probe, expected[name], floor=1.0) < TOLERANCE["float32"], name
+
+
+@on_device
+def test_a_graph_repeats():
+    case = make_case("delta", "scalar", dtype=np.float16, T=70, K=64, V=64)
+    there = case.map(cupy.asarray)
+    expected = scan(there)[0]
+    stream = cupy.cuda.Stream(non_blocking=True)
+    o, final_state = cupy.empty_like(expected), cupy.empty_like(scan(there)[1])
+    cupy.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        scan(there, out=o, final_state_out=final_state)
+        graph = stream.end_capture()
+        kept = [cupy.full(1 << 20, cupy.nan, cupy.float32) for _ in range(8)]  # of what the call gave back
+        graph.launch(stream)
+        stream.synchronize()
+    assert len(kept) == 8
+    np.testing.assert_array_equal(o.get(), expected.get())

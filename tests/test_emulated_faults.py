@@ -1,53 +1,138 @@
-"""What kernels find wrong is reported by a later call, in the name of the one that it was found in."""
+"""What only kernels can find wrong is reported later, in the name of the call that it was found in."""
 
 import re
 
 import numpy as np
 import pytest
-from cases import gradients, make_case, scan, steps
+from cases import RULES, gradients, make_case, scan, steps
 from device import DeviceArray
+from tolerances import assert_bits_equal
 
 import fwp_core as fwp
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-OFFSETS = "an earlier call: cu_seqlens: expected offsets that start with 0, never fall and end with T; "
-SLOTS = "an earlier call: state_indices: expected slots from 0 to S-1, or -1 for none; "
+NAME = {"linear": "linear_attention", "delta": "delta_rule"}
+OFFSETS = (
+    ", an earlier call: cu_seqlens: expected offsets that start with 0, never fall and end with T; "
+    "others were clamped"
+)
+SLOTS = (
+    ", an earlier call: state_indices: expected slots from 0 to S-1, or -1 for none; "
+    "sequences with others were left out"
+)
+every_rule = pytest.mark.parametrize("rule", RULES)
+# What kernels make of offsets that cannot be those of five tokens.
+CLAMPED = {
+    (0, 3, 2, 5): (0, 3, 3, 5),
+    (1, 2, 3, 5): (0, 2, 3, 5),
+    (0, 2, 9, 5): (0, 2, 5, 5),
+    (0, 2, 3, 4): (0, 2, 3, 5),
+    (-1, -7, 3, 6): (0, 0, 3, 5),
+    (7, 9, -1, 0): (0, 5, 5, 5),
+}
 
 
-def packed(rule, *, offsets=None):
-    case = make_case(rule, lengths=(2, 1, 2), K=8, V=8)
-    there = case.map(DeviceArray)
+@pytest.fixture(autouse=True)
+def nothing_left():
+    yield
+    fwp.check_device()
+
+
+def packed(rule, offsets=None):
+    """A case of five tokens, with offsets on the device."""
+    there = make_case(rule, "scalar", lengths=(2, 1, 2), K=8, V=8).map(DeviceArray)
     return there if offsets is None else there.but(cu_seqlens=DeviceArray(np.array(offsets)))
 
 
 def reported(message):
-    """The next call, whichever it is, says so, and the one after it knows nothing of it."""
-    with pytest.raises(fwp.CudaError, match=re.escape(message) + "$"):
-        scan(packed("linear"))
-    scan(packed("linear"))
+    """Once, by who asks first: the next call, whichever it is, or check_device."""
+    with pytest.raises(fwp.CudaError, match=f"^{re.escape(message)}$"):
+        fwp.check_device(np.int64(0))
+    fwp.check_device()
 
 
-@pytest.mark.parametrize(("rule", "name"), [("linear", "linear_attention"), ("delta", "delta_rule")])
-def test_a_scan(rule, name):
-    scan(packed(rule, offsets=[0, 3, 2, 5]))
-    reported(f"{OFFSETS}{name} computed nothing")
+def assert_same(found, expected):
+    for x, y in zip(found, expected, strict=True):
+        assert (x is None) == (y is None)
+        if y is not None:
+            assert_bits_equal(x.x, y.x)
 
 
-def test_its_gradients():
-    gradients(packed("delta", offsets=[1, 2, 3, 5]))
-    reported(f"{OFFSETS}delta_rule_backward computed nothing")
+@pytest.mark.parametrize("wrong", CLAMPED, ids=str)
+@every_rule
+def test_offsets_are_clamped(rule, wrong):
+    found = scan(packed(rule, wrong))
+    reported(NAME[rule] + OFFSETS)
+    assert_same(found, scan(packed(rule, CLAMPED[wrong])))
 
 
-def test_a_diagnosis():
-    wrong = packed("delta", offsets=[0, 2, 9, 5])
-    fwp.diagnose(fwp.delta_rule, wrong.q, wrong.k, wrong.v, wrong.beta, cu_seqlens=wrong.cu_seqlens)
-    reported(f"{OFFSETS}diagnose computed nothing")
+def test_those_of_gradients():
+    wrong, clamped = next(iter(CLAMPED.items()))
+    found = gradients(packed("delta", wrong))
+    reported("delta_rule_backward" + OFFSETS)
+    assert_same(found, gradients(packed("delta", clamped)))
 
 
-@pytest.mark.parametrize(("rule", "name"), [("linear", "linear_attention"), ("delta", "delta_rule")])
-def test_a_step(rule, name):
+def test_those_of_a_diagnosis():
+    wrong, clamped = next(iter(CLAMPED.items()))
+
+    def probes(offsets):
+        x = packed("delta", offsets)
+        return fwp.diagnose(fwp.delta_rule, x.q, x.k, x.v, x.beta, cu_seqlens=x.cu_seqlens).probes()
+
+    found = probes(wrong)
+    reported("diagnose" + OFFSETS)
+    for name, probe in probes(clamped).items():
+        np.testing.assert_array_equal(found[name], probe, name)
+
+
+def test_those_of_many_sequences():
+    offsets = np.arange(0, 1001, 2)
+    wrong = offsets.copy()
+    wrong[300] = 0
+    case = make_case("linear", lengths=(2,) * 500, K=3, V=1).map(DeviceArray)
+    found = scan(case.but(cu_seqlens=DeviceArray(wrong)))
+    reported("linear_attention" + OFFSETS)
+    offsets[300] = offsets[299]
+    assert_same(found, scan(case.but(cu_seqlens=DeviceArray(offsets))))
+
+
+@every_rule
+def test_an_offset_without_sequences(rule):
+    with pytest.raises(fwp.ArgumentError, match="^cu_seqlens: expected it to end with T=5, got one offset$"):
+        scan(packed(rule, [0]))
+    empty = make_case(rule, lengths=(), K=8, V=8).map(DeviceArray)
+    o, state = scan(empty.but(cu_seqlens=DeviceArray(np.array([3]))))
+    reported(NAME[rule] + OFFSETS)
+    assert o.x.size == state.x.size == 0
+
+
+@every_rule
+def test_slots_leave_their_sequences_out(rule):
     there = make_case(rule, B=2, T=2, K=8, V=8).map(DeviceArray)
     pool = DeviceArray(np.zeros((3, 2, 8, 8), np.float32))
-    steps(there, pool, state_indices=DeviceArray(np.array([0, 3])))
-    reported(f"{SLOTS}{name}_step left sequences with others out")
+    o = steps(there, pool, state_indices=DeviceArray(np.array([0, 3])))
+    reported(f"{NAME[rule]}_step" + SLOTS)
+    assert o.x[0].any()
+    assert not o.x[1].any()
+    assert pool.x[0].any()
+    assert not pool.x[1:].any()
+
+
+@every_rule
+def test_the_next_call_reports_as_well(rule):
+    scan(packed(rule, (0, 3, 2, 5)))
+    with pytest.raises(fwp.CudaError, match=f"^{re.escape(NAME[rule] + OFFSETS)}$"):
+        fwp.feature_maps.ReLU()(DeviceArray(np.ones((2, 3), np.float32)))
+
+
+def test_which_device_is_asked():
+    for device, error, message in [
+        (-1, fwp.ArgumentError, "device: expected a number from 0 on, got -1"),
+        (-(10**30), fwp.ArgumentError, f"device: expected a number from 0 on, got -1{30 * '0'}"),
+        (10**30, fwp.CudaError, "cuda:65536: the emulator has the device cuda:0 only"),
+        (0.0, fwp.DTypeError, "device: expected an integer, got float"),
+    ]:
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            fwp.check_device(device)

@@ -240,6 +240,7 @@ def test_overlap_message():
 SETTINGS = {
     "threads: expected at least 1, got 0": lambda: fwp.set_num_threads(0),
     "threads: expected at least 1, got -3": lambda: fwp.threads(-3).__enter__(),
+    "device: expected a number from 0 on, got -2": lambda: fwp.check_device(-2),
     "mode: expected None or 'dict', got 'json'": lambda: fwp.show_config("json"),
     "fn: expected fwp_core.delta_rule or fwp_core.linear_attention, got <built-in function len>": lambda: (
         fwp.vjp(len, None, None, None)

@@ -134,11 +134,33 @@ def test_packed_sequences(device, rule, dtype):
 
 
 @pytest.mark.parametrize(
-    "options", [{"qk_norm": "l2"}, {"feature_map": ("DPFP", 1), "qk_norm": "sum"}], ids=str
+    "options",
+    [
+        {"qk_norm": "l2"},
+        {"feature_map": ("DPFP", 1), "qk_norm": "sum"},
+        {"feature_map": ("ELU1",), "qk_norm": "sum", "attention_norm": True},
+    ],
+    ids=str,
 )
 @halves
-def test_features(device, dtype, options):
-    are_the_oracles(make_case("delta", "scalar", dtype=dtype, B=1, T=130, K=32, V=64, **options), device)
+@every_rule
+def test_features(device, rule, dtype, options):
+    are_the_oracles(make_case(rule, "scalar", dtype=dtype, B=1, T=130, K=32, V=64, **options), device)
+
+
+def test_offsets_that_cannot_be(device):
+    there = There(make_case("delta", lengths=(3, 2), dtype=np.float16, K=64, V=64), device)
+    expected = there.everything()
+    there.options["cu_seqlens"] = torch.tensor([0, 3, 4], device=device)
+    if device == "cpu":
+        with pytest.raises(fwp.ArgumentError):
+            there.scan()
+        return
+    found = there.scan()
+    torch.cuda.synchronize()
+    with pytest.raises(fwp.CudaError, match=r"^delta_rule, an earlier call: cu_seqlens: expected offsets"):
+        fwp.check_device()
+    assert_same(found, expected[:2])  # clamped, they are those of before
 
 
 @halves

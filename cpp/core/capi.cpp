@@ -370,6 +370,13 @@ int fwp_device_wait(int device, void* from, void* to) noexcept {
   });
 }
 
+int fwp_device_check(int device) noexcept {
+  return core::guarded([&] {
+    const fwp::Backend& backend = core::backend_of_device(device);
+    core::check(backend, backend.check(device));
+  });
+}
+
 const char* fwp_cuda_state(void) noexcept { return core::cuda_state(); }
 
 }  // extern "C"

@@ -345,6 +345,8 @@ void Call::read_sequences(const DLTensor* cu_seqlens) {
   if (batch_ != 1) fail(FWP_ARGUMENT_ERROR, name, ": expected B=1 for packed sequences, got B=", batch_);
   problem.N = given.count() - 1;
   if (given.tensor.device != kHost) {
+    if (problem.N == 0 && problem.T != 0)  // the one offset is 0, and cannot be clamped
+      fail(FWP_ARGUMENT_ERROR, name, ": expected it to end with T=", problem.T, ", got one offset");
     problem.device_cu_seqlens = {given.tensor.data, given.tensor.stride[0], given.wide};
     return;
   }

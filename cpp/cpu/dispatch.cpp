@@ -307,6 +307,7 @@ const Backend& backend() {
       backward,
       diagnose,
       map_rows,
+      [](int) { return Outcome::done; },
       [] { return ""; },
       nullptr,  // its memory is cpp/core's own
       nullptr,

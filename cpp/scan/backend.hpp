@@ -34,6 +34,8 @@ struct Backend {
   // A feature map by itself: rows problem.q [T][features.inputs] into problem.o [T][K], or, where problem.d_o is given,
   // that into problem.dq.
   Outcome (*map_rows)(const Problem&, void* workspace);
+  // Fails where kernels of earlier calls have found something wrong that no call has failed for yet. Waits for nothing.
+  Outcome (*check)(int device);
   // What went wrong in this thread's last call that failed.
   const char* (*error)();
 

@@ -2,6 +2,7 @@
 // through it, and then all its chunks at once.
 #include <numeric>
 
+#include "../flags.hpp"
 #include "backward.cuh"
 #include "chunk.hpp"
 #include "windows.cuh"
@@ -89,7 +90,7 @@ size_t backward_workspace(const Problem& p, int64_t window) {
   const int64_t slots = slots_of_axis(p), count = slots_of_backward(p, window);
   take(arena, p, {0, count}, nullptr);
   Carried(arena, p, (slots + count - 1) / count);
-  return arena.bytes();
+  return arena.used();
 }
 
 void backward(const Problem& problem, void* workspace, int32_t* left, Queue& queue, int64_t window) {
@@ -99,7 +100,7 @@ void backward(const Problem& problem, void* workspace, int32_t* left, Queue& que
   const int64_t slots = slots_of_axis(p), count = slots_of_backward(p, window), windows = (slots + count - 1) / count;
   Backward x = take(arena, p, {0, count}, left);
   const Carried carried(arena, p, windows);
-  clear_left(p, left, queue);
+  clear_flags(p, left, queue);
 
   const auto run_forward = [&](int64_t i, bool save) {
     x.window.begin = i * count;
@@ -140,7 +141,7 @@ void adjoint(const Problem& p, void* workspace, int32_t* left, Queue& queue) {
   x.prepared = Prepared::take(arena, p, x.window);
   x.left = left;
   const Carried carried(arena, p, windows);
-  clear_left(p, left, queue);
+  clear_flags(p, left, queue);
   for (int64_t i = windows - 1; i >= 0; --i) {
     x.window.begin = i * count;
     x.before = carried.before(i);

@@ -149,8 +149,6 @@ FWP_DEVICE void store_channel(const HeadRows& to, int i, int channel, float x) {
     store_number(Rows{to.data, to.dtype, 0, 0, 0, 1}, i * to.stride + channel, x);
 }
 
-static_assert(sizeof(ChannelGradientShared<true>) <= 99 << 10, "what a block can have on all architectures");
-
 // Grid: places, value tiles. Everything is linear in the sums over value columns; a tile has its part of it.
 template <bool predicts>
 FWP_KERNEL void gradients_by_channel(FWP_PARAMETER Backward x) {

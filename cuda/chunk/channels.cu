@@ -218,7 +218,7 @@ void prepare_channels(const Problem& p, const Window& window, const Prepared& ou
   with_size(p.K, [&](auto size) {
     const auto start = [&](auto predicts) {
       queue.run("chunk prepare", prepare_by_channel<size(), predicts()>, grid, kPrepThreads,
-                sizeof(ChannelShared<size(), predicts()>), p, window, out, left);
+                shared_of<ChannelShared<size(), predicts()>, 2>(), p, window, out, left);
     };
     p.rule == Rule::delta ? start(std::true_type()) : start(std::false_type());
   });

@@ -1,3 +1,4 @@
+#include "../flags.hpp"
 #include "chunk.hpp"
 #include "scan.cuh"
 #include "windows.cuh"
@@ -14,7 +15,7 @@ size_t forward_workspace(const Problem& p, int64_t window) {
   const int64_t slots = slots_of_axis(p), count = slots_of_scan(p, window);
   Prepared::take(arena, p, {0, count});
   Carried(arena, p, (slots + count - 1) / count);
-  return arena.bytes();
+  return arena.used();
 }
 
 void forward(const Problem& p, void* workspace, int32_t* left, Queue& queue, int64_t window) {
@@ -22,7 +23,7 @@ void forward(const Problem& p, void* workspace, int32_t* left, Queue& queue, int
   const int64_t slots = slots_of_axis(p), count = slots_of_scan(p, window), windows = (slots + count - 1) / count;
   Scan x{p, {0, count}, Prepared::take(arena, p, {0, count}), left};
   const Carried carried(arena, p, windows);
-  clear_left(p, left, queue);
+  clear_flags(p, left, queue);
   for (int64_t i = 0; i < windows; ++i) {
     x.window.begin = i * count;
     x.before = carried.before(i);

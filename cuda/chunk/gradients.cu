@@ -8,7 +8,7 @@ void run_gradients(const Backward& x, Queue& queue) {
   const Grid grid{places(p, x.window), value_tiles(p)};
   const auto start = [&](auto predicts, auto keys, auto values) {
     queue.run("chunk gradients", gradients<predicts(), keys(), values()>, grid, kGradientThreads,
-              sizeof(GradientShared<predicts(), keys(), values()>), x);
+              shared_of<GradientShared<predicts(), keys(), values()>, 2>(), x);
   };
   const auto with = [&](auto predicts) {
     const std::integral_constant<int, 64> few{};

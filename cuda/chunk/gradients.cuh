@@ -44,8 +44,6 @@ struct GradientShared {
   int32_t left;
 };
 
-static_assert(sizeof(GradientShared<true, 128, 128>) <= 99 << 10, "what a block can have on all architectures");
-
 // --- Scores: 16 tokens times the chunk's 64, by a warp ---
 
 using Scores = float[kChunk / 8][4];

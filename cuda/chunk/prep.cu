@@ -10,10 +10,6 @@ constexpr double kLog2E = 1.4426950408889634;
 // A gate below this makes any decay 0, and as -1e4 still does, sums of a chunk stay exact to 1e-10: -inf is a reset.
 constexpr double kWeakest = -1e4;
 
-struct alignas(16) TwoSums {
-  double x[2];
-};
-
 // By one warp: G of a chunk's tokens, to global memory and to `shared` [64]. Returns the growth, NaN if a gate is that.
 FWP_DEVICE float sum_gates(const Problem& p, const Sequence& s, int64_t t0, int64_t h, double* G, double* shared) {
   double sums[2];
@@ -32,9 +28,9 @@ FWP_DEVICE float sum_gates(const Problem& p, const Sequence& s, int64_t t0, int6
   }
   before = shuffle(before, (lane() - 1) & 31);
   if (lane() == 0) before = 0;
-  const TwoSums two{{before + sums[0], before + sums[1]}};
-  store_shared(reinterpret_cast<TwoSums*>(shared) + lane(), two);
-  store_global(reinterpret_cast<TwoSums*>(G) + lane(), two);
+  const Numbers<double> two{{before + sums[0], before + sums[1]}};
+  store_shared(reinterpret_cast<Numbers<double>*>(shared) + lane(), two);
+  store_global(reinterpret_cast<Numbers<double>*>(G) + lane(), two);
   FWP_UNROLL for (int mask = 16; mask > 0; mask /= 2) growth += shuffle_xor(growth, mask);
   return growth;
 }
@@ -107,27 +103,15 @@ FWP_KERNEL void prepare_gates(FWP_PARAMETER Problem p, Window window, Prepared o
   if (!(sum_gates(p, s, t0, h, out.G + place * kChunk, G) <= kMostGrowth)) raise(left + n * p.H + h);
 }
 
-constexpr int kClearThreads = 128;
-
-FWP_KERNEL void clear_flags(int32_t* flags, int64_t count) {
-  const int64_t i = static_cast<int64_t>(block_index_x()) * kClearThreads + thread_index();
-  if (i < count) store_global(flags + i, int32_t{0});
-}
-
 }  // namespace
-
-void clear_left(const Problem& p, int32_t* left, Queue& queue) {
-  const int64_t heads = p.N * p.H;
-  queue.run("chunk flags", clear_flags, {(heads + kClearThreads - 1) / kClearThreads}, kClearThreads, 0, left, heads);
-}
 
 void prepare(const Problem& p, const Window& window, const Prepared& out, int32_t* left, Queue& queue) {
   if (p.decay == Decay::channel) return prepare_channels(p, window, out, left, queue);
   const Grid grid{places(p, window)};
   if (p.rule == Rule::delta)
     with_size(p.K, [&](auto size) {
-      queue.run("chunk prepare", prepare_delta<size()>, grid, kPrepThreads, sizeof(PrepShared<size()>), p, window, out,
-                left);
+      queue.run("chunk prepare", prepare_delta<size()>, grid, kPrepThreads, shared_of<PrepShared<size()>, 4>(), p,
+                window, out, left);
     });
   else if (p.decay != Decay::none)
     queue.run("chunk gates", prepare_gates, grid, kWarpSize, kChunk * sizeof(double), p, window, out, left);

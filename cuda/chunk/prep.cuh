@@ -10,6 +10,7 @@
 // and the scans read it (channels.cu).
 #pragma once
 
+#include "../../cpp/scan/arena.hpp"
 #include "../launch.hpp"
 #include "tile.cuh"
 
@@ -77,23 +78,6 @@ struct HeadChunk {
   }
 };
 
-// Workspace, in pieces of whole 64 bytes. Without memory, it only counts.
-class Arena {
- public:
-  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <class X>
-  X* take(int64_t count) {
-    char* const here = memory_ != nullptr ? memory_ + bytes_ : nullptr;
-    bytes_ += (static_cast<size_t>(count) * sizeof(X) + 63) / 64 * 64;
-    return reinterpret_cast<X*>(here);
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* memory_;
-  size_t bytes_ = 0;
-};
-
 // Rows of float16 numbers, each divided by its scale: [places][64][columns].
 struct PreparedRows {
   Half* numbers = nullptr;
@@ -119,9 +103,7 @@ struct Prepared {
 // Growth, as the sum of a chunk's gates above 0, up to which float16 operands are good enough.
 constexpr float kMostGrowth = 8;
 
-// Clears left [N][H].
-void clear_left(const Problem& p, int32_t* left, Queue& queue);
-// Sets it for heads that this form is not for: keys or gates that are not finite, growth.
+// Raises the flags of heads that this form is not for: keys or gates that are not finite, growth.
 void prepare(const Problem& p, const Window& window, const Prepared& out, int32_t* left, Queue& queue);
 void prepare_channels(const Problem& p, const Window& window, const Prepared& out, int32_t* left, Queue& queue);
 

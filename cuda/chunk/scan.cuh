@@ -434,7 +434,7 @@ void run_scan(const Scan& x, Queue& queue) {
   const Grid grid{(p.V + kValueTile - 1) / kValueTile * p.H * p.N};
   with_variant(p, [&](auto size, auto predicts, auto decays) {
     queue.run("chunk scan", scan<size(), predicts(), decays(), output>, grid, kScanThreads,
-              sizeof(ScanShared<size(), decays()>), x);
+              shared_of<ScanShared<size(), decays()>, 2>(), x);
   });
 }
 // Without outputs: states alone, and what a backward saves of them.

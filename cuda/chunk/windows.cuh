@@ -18,7 +18,7 @@ int64_t slots_of_window(const Problem& p, int64_t asked, const Take& take) {
   if (asked > 0) return std::min(slots_of_axis(p), asked);
   Arena one(nullptr);
   take(one, Window{0, 1});
-  const auto fit = static_cast<int64_t>(kWindowBytes / std::max(one.bytes(), size_t{1}));
+  const auto fit = static_cast<int64_t>(kWindowBytes / std::max(one.used(), size_t{1}));
   const auto even = static_cast<int64_t>(std::sqrt(static_cast<double>(slots_of_axis(p)))) + 1;
   return std::min(slots_of_axis(p), std::max(fit, even));
 }

@@ -45,12 +45,15 @@ template <class T>
 FWP_DEVICE void store_shared(T* p, T x) {
   *p = x;
 }
+// Global: told to the compiler, which does not always see it, and would take slower instructions.
 template <class T>
 FWP_DEVICE T load_global(const T* p) {
+  __builtin_assume(__isGlobal(p));
   return *p;
 }
 template <class T>
 FWP_DEVICE void store_global(T* p, T x) {
+  __builtin_assume(__isGlobal(p));
   *p = x;
 }
 FWP_DEVICE void raise(int32_t* flag) { *static_cast<volatile int32_t*>(flag) = 1; }

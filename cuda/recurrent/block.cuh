@@ -26,15 +26,9 @@ constexpr int kTileRow = kColumns + 1;  // a channel of a tile: its columns, the
                                         // column lie in different banks
 constexpr int kMostWarps = 4;
 template <class T>
-constexpr int kQuad = 16 / static_cast<int>(sizeof(T));  // numbers of the widest access
-template <class T>
 constexpr int kRow = 3 * kBlock<T> + kQuad<T>;  // a channel of the staged rows: kr, qr, kw [C] each, then A
 
 // n numbers from or to 16-byte aligned memory.
-template <class T>
-struct alignas(16) Numbers {
-  T x[kQuad<T>];
-};
 template <class Place, int n, class T>
 FWP_DEVICE void load_row(const T* from, T* x) {
   static_assert(n % kQuad<T> == 0, "whole quads");
@@ -123,6 +117,12 @@ FWP_DEVICE void sum_lanes(T* x, const Put& put, int first = 0, bool mine = true)
     FWP_UNROLL for (int i = 0; i < n; ++i) x[i] += shuffle_xor(x[i], mask);
     sum_lanes<n, mask / 2>(x, put, first, mine && (lane() & mask) == 0);
   }
+}
+
+// A number of a state after one token's decay; -1 stands for a reset, which clears by selection: not even NaN survives.
+template <class T>
+FWP_DEVICE T decayed(T x, T a) {
+  return a < 0 ? T(0) : a * x;
 }
 
 // How many of n tokens the gates of a channel let into one block: those before any that, with the ones before it, might

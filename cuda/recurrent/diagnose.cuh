@@ -61,9 +61,6 @@ struct Diagnosis {
     });
   }
 
-  // A reset clears by selection: -1 stands for it.
-  FWP_DEVICE static T decayed(T x, T a) { return a < 0 ? T(0) : a * x; }
-
   FWP_DEVICE void stage(int64_t t) const {
     const int64_t k_at = row_at(p.k, s, t, h), q_at = row_at(p.q, s, t, h);
     for_rows([&](int d) {

@@ -143,9 +143,6 @@ struct Step {
     }
   }
 
-  // By selection: of what is cleared nothing survives, not even NaN.
-  FWP_DEVICE static T decayed(T x, T a) { return a < 0 ? T(0) : a * x; }
-
   // x . y of staged rows, in every lane of every warp.
   FWP_DEVICE T dot(const T* x, const T* y) const {
     T sum = 0;

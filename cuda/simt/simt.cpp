@@ -123,7 +123,6 @@ class Block {
         shared_bytes_(shared_bytes),
         shared_cells_(options.check ? (shared_bytes + kGrain - 1) / kGrain : 0),
         random_(options.seed) {
-    // At the end of its allocation, so that a sanitizer sees what runs over.
     shared_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, rounded(shared_bytes))));
     if (shared_ == nullptr) throw std::bad_alloc();
   }

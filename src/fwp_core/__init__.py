@@ -33,6 +33,7 @@ from ._core import (
 )
 from .config import (
     available_isas,
+    check_device,
     empty_cache,
     get_cmake_dir,
     get_include,
@@ -70,6 +71,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "available_isas",
+    "check_device",
     "delta_rule",
     "delta_rule_backward",
     "delta_rule_step",

@@ -12,6 +12,7 @@ from . import _core
 from ._core import ArgumentError, DTypeError
 
 MOST_THREADS = 256
+MOST_DEVICES = 1 << 16  # as large a number as needs to be told from larger ones
 
 
 def set_num_threads(n: int) -> None:
@@ -120,6 +121,28 @@ def _cache_limit() -> int | None:
 def has_cuda() -> bool:
     """Return whether arrays on an NVIDIA GPU can be used."""
     return _core.cuda_state() == "available"
+
+
+def check_device(device: int = 0) -> None:
+    """Raise a CudaError for what kernels of earlier calls on a CUDA device have found wrong, if they have.
+
+    Offsets and slots that lie in its memory can only be checked by kernels. Every scan, step, map and
+    diagnosis on the device first reports what was found by then; after the last one ask here, when its work
+    is done (after ``torch.cuda.synchronize()``, say): this waits for nothing. What has been reported is not
+    reported again, and of several faults the last one is.
+
+    Parameters
+    ----------
+    device
+        The device's number, from 0 on (else ArgumentError). Where there is no CUDA, DeviceError.
+    """
+    try:
+        number = operator.index(device)
+    except TypeError:
+        raise DTypeError(f"device: expected an integer, got {type(device).__name__}") from None
+    if number < 0:
+        raise ArgumentError(f"device: expected a number from 0 on, got {number}")
+    _core.check_device(min(number, MOST_DEVICES))
 
 
 @overload

@@ -128,7 +128,8 @@ def delta_rule(
         For an array that is not where q is, on the CPU or a CUDA device that can be used, or that does not
         hand out its memory.
     CudaError
-        For a failure on a device, and for wrong ``cu_seqlens`` there, which the next call reports.
+        For a failure on a device, and for wrong ``cu_seqlens`` there, which are clamped: the next call, or
+        :func:`fwp_core.check_device`, reports them.
     MemoryError, KeyboardInterrupt
         An interrupted call leaves ``out`` and ``final_state_out`` with unspecified contents.
 

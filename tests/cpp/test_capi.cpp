@@ -423,6 +423,7 @@ TEST_CASE("memory of devices") {
   char from[] = "abc", to[] = "xyz";
   CHECK(fwp_device_copy(-1, to, from, 3, nullptr) == FWP_ARGUMENT_ERROR);
   CHECK(fwp_device_wait(-1, from, to) == FWP_ARGUMENT_ERROR);
+  CHECK(fwp_device_check(-1) == FWP_ARGUMENT_ERROR);
   CHECK(fwp_device_allocate(-1, 3, nullptr) == nullptr);
   const std::string state = fwp_cuda_state();
   if (state == "available" || state == "emulated") return;
@@ -430,6 +431,7 @@ TEST_CASE("memory of devices") {
   CHECK(fwp_device_copy(0, to, from, 3, nullptr) == FWP_DEVICE_ERROR);
   CHECK(fwp_last_error() == expected);
   CHECK(fwp_device_wait(0, from, to) == FWP_DEVICE_ERROR);
+  CHECK(fwp_device_check(0) == FWP_DEVICE_ERROR);
   CHECK(fwp_device_allocate(0, 3, nullptr) == nullptr);
   CHECK(fwp_last_error() == expected);
   CHECK(std::string(to) == "xyz");

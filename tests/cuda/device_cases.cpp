@@ -200,6 +200,7 @@ std::vector<std::pair<const char*, std::vector<double>>> results(bool on_device,
       {"dk", dk->values()},   {"dv", dv->values()},           {"dbeta", dbeta->values()},
       {"dh0", dh0->values()}, {"step's o", step_o->values()}, {"step's state", stepped->values()}};
   if (c.decay != 0) found.emplace_back("dg", dg->values());
+  if (on_device) check(fwp_device_check(0));
   return found;
 }
 

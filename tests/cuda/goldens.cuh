@@ -204,7 +204,7 @@ template <class Primitive>
 Words answers(const char* name, const Words& operands) {
   const size_t lanes = operands.size() / Primitive::in;
   Shared in(operands), out(Words(lanes * Primitive::out, 0xdeadbeefu));
-  Queue queue(nullptr, {{in.data(), in.bytes(), false}, {out.data(), out.bytes(), true}});
+  Queue queue(nullptr, "goldens", {{in.data(), in.bytes(), false}, {out.data(), out.bytes(), true}});
   queue.run(name, golden<Primitive>, Grid{static_cast<unsigned>(lanes) / kWarpSize}, kWarpSize, 32 * kWarpSize,
             in.data(), out.data());
   return out.words();

@@ -236,7 +236,7 @@ class Case {
     for (Tensor* x : {&q, &k, &v, &beta, &g, &d_o, &h0, &d_hT}) add(more, *x, false);
     for (Tensor* x : {&o, &hT, &dq, &dk, &dv, &dbeta, &dg, &dh0}) add(more, *x, true);
     if (!cu_seqlens.empty()) more.push_back({cu_seqlens.data(), cu_seqlens.size() * sizeof(int64_t), false});
-    return fwp::cuda::Queue(nullptr, std::move(more));
+    return fwp::cuda::Queue(nullptr, "test", std::move(more));
   }
 
   int64_t begin(int64_t n) const { return cu_seqlens.empty() ? 0 : at(n); }

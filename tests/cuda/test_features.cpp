@@ -142,12 +142,12 @@ struct Run {
 
   void forward() {
     problems::Workspace workspace(cuda::features::workspace(c.f, wide, 0, false));
-    cuda::Queue queue(nullptr, memory(workspace));
+    cuda::Queue queue(nullptr, "test", memory(workspace));
     cuda::features::forward(c.f, shape, x.rows, y.rows, workspace.data(), queue);
   }
   void backward() {
     problems::Workspace workspace(cuda::features::workspace(c.f, wide, 0, true));
-    cuda::Queue queue(nullptr, memory(workspace));
+    cuda::Queue queue(nullptr, "test", memory(workspace));
     cuda::features::backward(c.f, shape, dy.rows, x.rows, dx.rows, workspace.data(), queue);
   }
 

@@ -28,8 +28,10 @@
  *   - workspace: NULL (the library's own: up to 1 MiB is kept for the thread's next call, so that steps allocate
  *     nothing), or memory aligned to 64 bytes of at least the size that the *_workspace query of the same call
  *     returned; of a device, if the tensors are. stream: NULL for CPU tensors, else the cudaStream_t on which the work
- *     is put; nothing waits for the device, as a capture in a CUDA graph demands. What only kernels can see, as
- *     wrong values in cu_seqlens on a device, the next call reports as FWP_CUDA_ERROR.
+ *     is put; nothing waits for the device, as a capture in a CUDA graph demands. What only kernels can see they put
+ *     right: offsets in cu_seqlens on a device are clamped to such as start with 0, never fall and end with T, and
+ *     sequences with slots that are none in state_indices are left out. The next call reports it as FWP_CUDA_ERROR,
+ *     or fwp_device_check.
  *   - Structs start with struct_size; set it with the FWP_..._INIT macros, so that fields can be added later. Fields
  *     beyond those that this version knows must be zero.
  */
@@ -327,6 +329,10 @@ FWP_API void fwp_device_free(int device, void* memory, void* stream) FWP_NOEXCEP
 FWP_API int fwp_device_copy(int device, void* to, const void* from, size_t bytes, void* stream) FWP_NOEXCEPT;
 /* What is put on the stream `to` from now on waits for what is on the stream `from`; the call does not. */
 FWP_API int fwp_device_wait(int device, void* from, void* to) FWP_NOEXCEPT;
+/* Reports what only kernels find wrong, offsets and slots in memory of the device, in earlier calls whose work is done:
+ * FWP_CUDA_ERROR, once, and the last of several. Every scan, step, map and diagnosis on the device does so, too, before
+ * it begins. Waits for nothing. */
+FWP_API int fwp_device_check(int device) FWP_NOEXCEPT;
 
 /* State of the CUDA back end, a library of its own that is opened at first use (libfwp_core_cuda beside this one, or
  * FWP_CUDA_PLUGIN), in words: "available"; "emulated" on the host, for tests; else why it cannot be used, as "not
