@@ -73,9 +73,9 @@ def moved(case, framework=DeviceArray):
     return there
 
 
-def close(x, exact, name="", tolerance=0.0):
+def close(x, exact, name="", tolerance=0.0, floor=1.0):
     """Within the tolerance of the dtype, or a greater one, of an array of the device."""
-    error = relative_error(x.x, exact, floor=1.0)
+    error = relative_error(x.x, exact, floor=floor)
     assert error <= max(tolerance, TOLERANCE[x.x.dtype.name]), f"{name}: error {error:.3g}"
 
 
@@ -105,7 +105,9 @@ def are_the_oracles(case, framework, there=None, tolerance=None):
         assert (x is None) == (y is None), name
         if y is not None:
             assert type(x) is framework
-            close(x, y, name, tolerance)
+            # One number, a sum of K V products of about 1, may be small by luck; its error is not.
+            lucky = name in ("dbeta", "dg") and y.size == 1
+            close(x, y, name, tolerance, np.sqrt(case.q.shape[-1] * case.v.shape[-1]) if lucky else 1.0)
 
 
 # ---- what the oracle computes ----
