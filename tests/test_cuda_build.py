@@ -59,7 +59,7 @@ def run(*command):
 
 
 def plugin_of_nvcc(folder, flags="", **settings):
-    """Build it, without a warning. flags: in a variable, to which those that PyPI's nvcc links with are added."""
+    """Build it, without a warning. Flags that PyPI's nvcc links with are added to these."""
     settings = {
         "FWP_CUDA": "ON",
         "FWP_WERROR": "ON",
