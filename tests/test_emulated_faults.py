@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from cases import RULES, gradients, make_case, scan, steps
-from device import DeviceArray
+from device import DeviceArray, ExchangeArray
 from tolerances import assert_bits_equal
 
 import fwp_core as fwp
@@ -22,6 +22,9 @@ SLOTS = (
     "sequences with others were left out"
 )
 every_rule = pytest.mark.parametrize("rule", RULES)
+every_framework = pytest.mark.parametrize(
+    "framework", [DeviceArray, ExchangeArray], ids=["capsules", "exchange"]
+)
 # What kernels make of offsets that cannot be those of five tokens.
 CLAMPED = {
     (0, 3, 2, 5): (0, 3, 3, 5),
@@ -39,14 +42,14 @@ def nothing_left():
     fwp.check_device()
 
 
-def packed(rule, offsets=None):
+def packed(rule, offsets, framework=DeviceArray):
     """A case of five tokens, with offsets on the device."""
-    there = make_case(rule, "scalar", lengths=(2, 1, 2), K=8, V=8).map(DeviceArray)
-    return there if offsets is None else there.but(cu_seqlens=DeviceArray(np.array(offsets)))
+    there = make_case(rule, "scalar", lengths=(2, 1, 2), K=8, V=8).map(framework)
+    return there.but(cu_seqlens=framework(np.array(offsets)))
 
 
 def reported(message):
-    """Once, by who asks first: the next call, whichever it is, or check_device."""
+    """Once."""
     with pytest.raises(fwp.CudaError, match=f"^{re.escape(message)}$"):
         fwp.check_device(np.int64(0))
     fwp.check_device()
@@ -60,11 +63,12 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("wrong", CLAMPED, ids=str)
+@every_framework
 @every_rule
-def test_offsets_are_clamped(rule, wrong):
-    found = scan(packed(rule, wrong))
+def test_offsets_are_clamped(rule, framework, wrong):
+    found = scan(packed(rule, wrong, framework))
     reported(NAME[rule] + OFFSETS)
-    assert_same(found, scan(packed(rule, CLAMPED[wrong])))
+    assert_same(found, scan(packed(rule, CLAMPED[wrong], framework)))
 
 
 def test_those_of_gradients():
@@ -108,11 +112,12 @@ def test_an_offset_without_sequences(rule):
     assert o.x.size == state.x.size == 0
 
 
+@every_framework
 @every_rule
-def test_slots_leave_their_sequences_out(rule):
-    there = make_case(rule, B=2, T=2, K=8, V=8).map(DeviceArray)
-    pool = DeviceArray(np.zeros((3, 2, 8, 8), np.float32))
-    o = steps(there, pool, state_indices=DeviceArray(np.array([0, 3])))
+def test_slots_leave_their_sequences_out(rule, framework):
+    there = make_case(rule, B=2, T=2, K=8, V=8).map(framework)
+    pool = framework(np.zeros((3, 2, 8, 8), np.float32))
+    o = steps(there, pool, state_indices=framework(np.array([0, 3])))
     reported(f"{NAME[rule]}_step" + SLOTS)
     assert o.x[0].any()
     assert not o.x[1].any()

@@ -12,7 +12,7 @@ from . import _core
 from ._core import ArgumentError, DTypeError
 
 MOST_THREADS = 256
-MOST_DEVICES = 1 << 16  # as large a number as needs to be told from larger ones
+MOST_DEVICES = 1 << 16  # no machine has one of this number, or of a larger one
 
 
 def set_num_threads(n: int) -> None:
